@@ -8,15 +8,15 @@
 """DreamerV3: Mastering Diverse Control Tasks through World Models.
 Hafner, Pasukonis, Ba, Lillicrap. Nature 640:647-653 (2025); equations as in arXiv:2301.04104v2 (2024).
 
-A recurrent state-space model (RSSM) learns from replayed sequences to compress observations into discrete latents and to
-predict them, the reward and the end of the episode. An actor and a critic learn only from rollouts that the model imagines.
-One set of hyperparameters for all domains; only the model size and the train ratio vary.
+A recurrent state-space model (RSSM) learns from replayed sequences to compress observations into discrete latents and
+to predict them, the reward and the end of the episode. An actor and a critic learn only from rollouts that the model
+imagines. One set of hyperparameters for all domains; only the model size and the train ratio vary.
 
     python dreamerv3.py --env-id ALE/Pong-v5                          # the 200M model at full settings, on a GPU
     python dreamerv3.py --preset cpu                                  # CartPole-v1 on a laptop, minutes
     python dreamerv3.py --preset atari100k --env-id ALE/Boxing-v5     # other presets: see PRESETS
-    python dreamerv3.py --resume runs/NAME                            # go on after an interruption, bit for bit on a CPU
-    python dreamerv3.py --evaluate runs/NAME                          # returns of fresh episodes
+    python dreamerv3.py --resume runs/NAME                            # go on after an interruption, bit for bit on a
+    CPU python dreamerv3.py --evaluate runs/NAME                          # returns of fresh episodes
     python dreamerv3.py --play runs/NAME                              # play inside the learned world
 
 Measured: see the README's result table; every row has its command, commit, hardware and seeds.
@@ -24,18 +24,18 @@ Measured: see the README's result table; every row has its command, commit, hard
 Differences from the paper and the authors' code, each with its reason:
   * Unfinished episodes are cut (stored as truncated) at every scheduled checkpoint, so that a resumed run repeats the
     unbroken one exactly. `--save-every` sets how often.
-  * A finished episode adds its last observation as one more row, so environments advance at different rates in replay; the
-    authors' driver spends a step on it. Agent steps are counted without that row.
+  * A finished episode adds its last observation as one more row, so environments advance at different rates in replay;
+    the authors' driver spends a step on it. Agent steps are counted without that row.
   * Nearest x2 upsampling followed by a 5x5 convolution is computed as one 3x3 convolution (same function, see UpConv).
   * Latents are written back to replay in the same update; the authors' come one update late (asynchronous transfers).
   * `actor_unimix` is 1 % as in the paper; the authors' code has 0 for discrete policies. `--actor-unimix 0` mirrors it.
   * Presets follow the authors' configuration where it differs from the paper's table: see PRESETS.
 
-What the earlier versions did differently. DreamerV1 (2020): 30 Gaussian latents, plain GRU, one KL with 3 free nats, the
-actor trained by backpropagation through the dynamics, no target critic. DreamerV2 (2021): 32x32 categorical latents without
-unimix, KL balancing 0.8/0.2, REINFORCE on Atari and dynamics backpropagation on control, MSE heads, a hard-copied target
-critic. The 2023 preprint of V3: dense LayerNorm GRU, Adam with global clipping, bins uniform in symlog space, no replay
-critic loss, no latents in replay. This file is the current algorithm.
+What the earlier versions did differently. DreamerV1 (2020): 30 Gaussian latents, plain GRU, one KL with 3 free nats,
+the actor trained by backpropagation through the dynamics, no target critic. DreamerV2 (2021): 32x32 categorical
+latents without unimix, KL balancing 0.8/0.2, REINFORCE on Atari and dynamics backpropagation on control, MSE heads, a
+hard-copied target critic. The 2023 preprint of V3: dense LayerNorm GRU, Adam with global clipping, bins uniform in
+symlog space, no replay critic loss, no latents in replay. This file is the current algorithm.
 
 Symbols in shape comments:
   B  batch (replayed sequences)       A  action dimensions             D  deterministic state h (deter)
@@ -43,17 +43,22 @@ Symbols in shape comments:
   N  imagined rollouts, environments  U  units of an MLP               C  classes per group
   H  imagination horizon              K  bins of a two-hot head        G  blocks of the block-diagonal GRU
   F  feature = D + S*C                X  hidden width of the RSSM
-Time convention, everywhere: row t holds observation t, the reward that came WITH it, its flags, and the action taken AFTER
-seeing it. The action that led to row t is therefore action[t-1]; `is_first[t]` means that nothing before t counts.
+Time convention, everywhere: row t holds observation t, the reward that came WITH it, its flags, and the action taken
+AFTER seeing it. The action that led to row t is therefore action[t-1]; `is_first[t]` means that nothing before t
+counts.
 """
 
 import copy
+import ctypes
 import json
 import math
 import os
+import platform
 import random
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -68,7 +73,6 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import nn
-
 
 # ---- Args and presets ------------------------------------------------------------------------------------------------
 
@@ -228,61 +232,68 @@ class Args:
     """agent steps between open-loop reports on fresh episodes (0: never)"""
 
 
-# Budgets, ratios and preprocessing of the published benchmarks, as in the authors' configuration (May 2026). The paper's table
-# has ratio 128 for Atari100k: pass --train-ratio 128 for it. total_timesteps counts agent steps: frames / action_repeat.
+# fmt: off
+# Budgets, ratios and preprocessing of the published benchmarks, as in the authors' configuration (May 2026); the
+# paper's table has ratio 128 for Atari100k. total_timesteps counts agent steps: frames / action_repeat.
 PRESETS = {
     "full": {},
-    # A laptop: 181 thousand parameters, a learning rate for hundreds of updates instead of millions, short sequences because the
-    # recurrent steps are the cost on a CPU.
+    # A laptop: 176 thousand parameters, a learning rate for hundreds of updates instead of millions, short sequences
+    # because the recurrent steps are the cost on a CPU.
     "cpu": dict(
-        env_id="CartPole-v1", total_timesteps=8_000, num_envs=4, deter=128, hidden=64, units=64, cnn_depth=8, classes=8, stoch=8,
-        mlp_layers=2, bins=63, batch_size=16, batch_length=16, imag_starts=128, learning_rate=5e-4, warmup_updates=100,
-        train_ratio=64, learning_starts=400, buffer_size=50_000, compile=False, num_threads=1, image_size=16, log_every=400,
-        report_every=4_000, save_every=4_000, noop_max=0, target_return=150.0,
+        env_id="CartPole-v1", total_timesteps=8_000, num_envs=4, deter=128, hidden=64, units=64, cnn_depth=8, classes=8,
+        stoch=8, mlp_layers=2, bins=63, batch_size=16, batch_length=16, imag_starts=128, learning_rate=5e-4,
+        warmup_updates=100, train_ratio=64, learning_starts=400, buffer_size=50_000, compile=False, num_threads=1,
+        image_size=16, log_every=400, report_every=4_000, save_every=4_000,
     ),
     "atari100k": dict(
-        env_id="ALE/Boxing-v5", total_timesteps=100_000, num_envs=1, train_ratio=256, sticky_actions=0.0, buffer_size=110_000,
-        save_every=25_000, report_every=10_000,
+        env_id="ALE/Boxing-v5", total_timesteps=100_000, num_envs=1, train_ratio=256, sticky_actions=0.0,
+        buffer_size=110_000, save_every=25_000, report_every=10_000,
     ),
-    # NOTE: 3M rows instead of the published 5M, so that the replay (25.6 KB per row) fits on one 139 GiB GPU beside the model.
+    # NOTE: 3M rows instead of the published 5M: the replay (25.6 KB per row) then fits on one 139 GiB GPU with the
+    # model.
     "atari": dict(
         total_timesteps=50_000_000, num_envs=16, train_ratio=32, image_size=96, grayscale=True, full_action_space=True,
         buffer_size=3_000_000, save_every=1_000_000, report_every=500_000,
     ),
     "dmc_proprio": dict(
-        env_id="dm_control/walker-walk-v0", size="1m", total_timesteps=1_000_000, num_envs=16, train_ratio=1024, action_repeat=1,
+        env_id="dm_control/walker-walk-v0", size="1m", total_timesteps=1_000_000, train_ratio=1024, action_repeat=1,
     ),
     "dmc_vision": dict(
-        env_id="dm_control/walker-walk-v0", pixels=True, total_timesteps=1_000_000, num_envs=16, train_ratio=256, action_repeat=1,
+        env_id="dm_control/walker-walk-v0", pixels=True, total_timesteps=1_000_000, train_ratio=256, action_repeat=1,
     ),
     "crafter": dict(env_id="Crafter-v1", total_timesteps=1_000_000, num_envs=1, train_ratio=512),
 }
 # The image path on a laptop: MinAtar drawn as 16x16 RGB, so two convolution stages instead of four.
 PRESETS["cpu_pixels"] = PRESETS["cpu"] | dict(
-    env_id="MinAtar/Breakout-v1", env_kwargs='{"difficulty_ramping": false}', pixels=True, num_envs=8, total_timesteps=18_000,
-    train_ratio=32, learning_starts=1_000, learning_rate=4e-4, ent_coef=3e-3, target_return=1.5, log_every=1_000,
+    env_id="MinAtar/Breakout-v1", env_kwargs='{"difficulty_ramping": false}', pixels=True, num_envs=8, train_ratio=32,
+    total_timesteps=18_000, learning_starts=1_000, learning_rate=4e-4, ent_coef=3e-3, log_every=1_000,
     report_every=6_000, save_every=9_000, eval_episodes=20,
 )
 # Allowed values, both ends included; checked before anything is created. Fields that are None are skipped.
 RANGES = {
     **dict.fromkeys(
-        "num_threads save_every total_timesteps num_envs action_repeat max_episode_steps deter hidden units cnn_depth classes "
-        "stoch blocks mlp_layers imag_horizon imag_starts buffer_size learning_starts batch_size eval_episodes log_every".split(),
-        (1, math.inf),
+        "num_threads save_every total_timesteps num_envs action_repeat max_episode_steps deter hidden units cnn_depth "
+        "classes stoch blocks mlp_layers imag_horizon imag_starts buffer_size learning_starts batch_size batch_length "
+        "eval_episodes log_every".split(), (1, math.inf),
     ),
-    **dict.fromkeys("kl_free dyn_scale rep_scale ent_coef slow_reg repval_scale warmup_updates report_every".split(), (0, 1e9)),
-    **dict.fromkeys("sticky_actions unimix actor_unimix gamma return_lambda tau beta1 beta2 retnorm_rate".split(), (0, 1)),
-    **{"seed": (0, 2**32 - 1), "noop_max": (0, 1000), "batch_length": (2, math.inf), "image_size": (8, 256), "bins": (3, 4095)},
+    **dict.fromkeys("kl_free dyn_scale rep_scale ent_coef slow_reg repval_scale report_every".split(), (0, 1e9)),
+    **dict.fromkeys("sticky_actions unimix actor_unimix gamma return_lambda tau retnorm_rate".split(), (0, 1)),
+    **dict.fromkeys("beta1 beta2".split(), (0, 0.999999)),
+    **{"seed": (0, 2**32 - 1), "noop_max": (0, 1000), "image_size": (8, 256), "bins": (3, 4095)},
     **{"learning_rate": (1e-12, 1), "train_ratio": (1e-9, 1e9), "agc_clip": (1e-9, 1e9), "retnorm_limit": (1e-9, 1e9)},
-    **{"target_return": (-1e300, 1e300)},
+    **{"target_return": (-1e300, 1e300), "warmup_updates": (0, 10**9)},
 }
+# fmt: on
 
 
 def make_config(size="200m", **overrides):
     """Sizes of the networks (table 3): a dict for `Dreamer`. Overrides that are None are ignored."""
     units = {"1m": 64, "12m": 256, "25m": 384, "50m": 512, "100m": 768, "200m": 1024, "400m": 1536}[size]
-    # D = 8U and depth = classes = U/16. NOTE: the paper's table prints other numbers for 1M and 12M; these are the code's.
-    config = dict(deter=8 * units, hidden=units, units=units, cnn_depth=units // 16, classes=units // 16, stoch=32, blocks=8)
+    # D = 8U and depth = classes = U/16. NOTE: the paper's table prints other numbers for 1M and 12M; these are the
+    # code's.
+    config = dict(
+        deter=8 * units, hidden=units, units=units, cnn_depth=units // 16, classes=units // 16, stoch=32, blocks=8
+    )
     config |= dict(mlp_layers=3, bins=255, unimix=0.01, actor_unimix=0.01)
     return config | {k: v for k, v in overrides.items() if v is not None}
 
@@ -292,12 +303,12 @@ def make_config(size="200m", **overrides):
 
 def symlog(x):
     """sign(x) ln(|x| + 1), eq. 9: compresses large values, identity near 0."""
-    return torch.sign(x) * torch.log1p(torch.abs(x))
+    return torch.log1p(x.clamp(min=0)) - torch.log1p(torch.relu(-x))  # with slope 1 at 0, where sign(x) would give 0
 
 
 def symexp(x):
     """sign(x) (exp(|x|) - 1), the inverse of symlog."""
-    return torch.sign(x) * torch.expm1(torch.abs(x))
+    return torch.expm1(x.clamp(min=0)) - torch.expm1(torch.relu(-x))
 
 
 def make_bins(n=255):
@@ -324,33 +335,38 @@ def two_hot(y, bins):
 
 def two_hot_mean(logits, bins):
     """Expectation of a two-hot head: (..., n) -> (...). `bins` must be antisymmetric, as make_bins returns them."""
-    # NOTE: atoms go up to 4.85e8. Summed from left to right, uniform probabilities give a mean far from 0 in float32 and the
-    # untrained model dreams of rewards. Pairing +b with -b first makes it exactly 0 (the zero atom of odd n adds nothing).
+    # NOTE: atoms go up to 4.85e8. Summed from left to right, uniform probabilities give a mean far from 0 in float32
+    # and the untrained model dreams of rewards. Pairing +b with -b first makes it exactly 0 (the zero atom of odd n
+    # adds nothing).
     p, half = torch.softmax(logits.float(), -1), len(bins) // 2
     return ((p[..., -half:] - p[..., :half].flip(-1)) * bins[-half:]).sum(-1)
 
 
 def two_hot_loss(logits, y, bins):
     """Cross entropy between two_hot(y) and the logits (eq. 9): (..., n) and (...) -> (...)."""
-    return two_hot_nll(torch.log_softmax(logits.float(), -1), [y], bins)
+    return two_hot_nll(torch.log_softmax(logits.float(), -1), [(y, 1.0)], bins)
 
 
 def two_hot_nll(logp, targets, bins):
-    """Sum over the targets [(...), ...] of their cross entropies with the log-probabilities logp (..., n)."""
+    """Weighted cross entropies of the log-probabilities logp (..., n) with several targets [(y (...), weight), ...],
+    summed."""
     # Two entries per target are read; a dense (..., n) target costs ten times as much.
-    pairs = [two_hot_weights(y, bins) for y in targets]
-    index, weight = torch.cat([i for i, _ in pairs], -1), torch.cat([w for _, w in pairs], -1)  # (..., 2 per target)
+    pairs = [(index, scale * weight) for y, scale in targets for index, weight in [two_hot_weights(y, bins)]]
+    index, weight = (torch.cat(x, -1) for x in zip(*pairs, strict=True))  # (..., 2 per target)
     return -(weight * logp.gather(-1, index)).sum(-1)
 
 
 def unimix_probs(logits, eps=0.01):
-    """Softmax mixed with eps of the uniform distribution (..., C): no class ever has probability 0, so no KL is infinite."""
+    """Softmax mixed with eps of the uniform distribution (..., C): no class ever has probability 0, so no KL is
+    infinite."""
     return (1 - eps) * torch.softmax(logits.float(), -1) + eps / logits.shape[-1]
 
 
 def sample_onehot(probs, u=None):
-    """Straight-through sample: exactly one-hot forward, gradient of probs backward. u: uniform noise, probs' shape without C."""
-    # Inverse CDF: one random number per group instead of one per class, several times faster than Gumbel or multinomial.
+    """Straight-through sample: exactly one-hot forward, gradient of probs backward. u: uniform noise, probs' shape
+    without C."""
+    # Inverse CDF: one random number per group instead of one per class, several times faster than Gumbel or
+    # multinomial.
     u = torch.rand(probs.shape[:-1], device=probs.device) if u is None else u
     index = (probs.detach().cumsum(-1)[..., :-1] <= u.unsqueeze(-1)).sum(-1, keepdim=True)  # (..., 1)
     onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
@@ -375,8 +391,8 @@ def kl_loss(post, prior, free=1.0):
 def lambda_return(last, term, rew, val, boot, disc, lam):
     """Lambda returns (eq. 6): all (B, T) -> (B, T-1). Row t's return starts with the reward of row t+1.
 
-    last: the episode ends at this row, the return bootstraps there; term: it ends for good, nothing follows. Bootstrap values
-    come from `boot`; `val` is only checked for its shape."""
+    last: the episode ends at this row, the return bootstraps there; term: it ends for good, nothing follows. Bootstrap
+    values come from `boot`; `val` is only checked for its shape."""
     assert last.shape == term.shape == rew.shape == val.shape == boot.shape, "all inputs of lambda_return are (B, T)"
     live, cont = (1 - term.float())[:, 1:] * disc, (1 - last.float())[:, 1:] * lam
     base = rew[:, 1:] + live * (1 - cont) * boot[:, 1:]
@@ -423,7 +439,8 @@ class ReturnNorm(nn.Module):
 
 @torch.no_grad()
 def agc_(grads, params, clip=0.3, pmin=1e-3):
-    """Adaptive gradient clipping, in place: |g| <= clip * max(pmin, |p|) for each whole tensor. Returns the norms before."""
+    """Adaptive gradient clipping, in place: |g| <= clip * max(pmin, |p|) for each whole tensor. Returns the norms
+    before."""
     norms = torch.stack(torch._foreach_norm(grads))
     # NOTE: pmin keeps zero-initialised tensors trainable.
     limit = clip * torch.stack(torch._foreach_norm(params)).clamp(min=pmin)
@@ -439,7 +456,9 @@ class LaProp:
         self.params, self.lr, self.betas, self.eps = list(params), lr, betas, eps
         self.mu = [torch.zeros_like(p) for p in self.params]  # momentum, of normalised gradients
         self.nu = [torch.zeros_like(p) for p in self.params]  # second moment
-        self.count = torch.zeros((), dtype=torch.float64, device=self.params[0].device)  # on the device: no sync, graphable
+        self.count = torch.zeros(
+            (), dtype=torch.float64, device=self.params[0].device
+        )  # on the device: no sync, graphable
 
     def zero_grad(self):
         for p in self.params:
@@ -447,7 +466,8 @@ class LaProp:
 
     @torch.no_grad()
     def step(self, lr=None, ok=None):
-        """One step with learning rate `lr`. `ok`: 0-dim bool; if false nothing changes (decided without waiting for it)."""
+        """One step with learning rate `lr`. `ok`: 0-dim bool; if false nothing changes (decided without waiting for
+        it)."""
         ok = torch.ones_like(self.count, dtype=torch.bool) if ok is None else ok
         grads = [torch.where(ok, p.grad, 0) for p in self.params]
         # Decay rates of 1 and gradients of 0 leave every number as it is.
@@ -506,17 +526,19 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(n))
 
     def forward(self, x):  # (..., n)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 class BlockLinear(nn.Module):
-    """Block-diagonal linear layer: features lie in groups, output group g sees only input group g. Weight (G, i/G, o/G)."""
+    """Block-diagonal linear layer: features lie in groups, output group g sees only input group g. Weight (G, i/G,
+    o/G)."""
 
     def __init__(self, i, o, blocks):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, i // blocks, o // blocks))
         self.bias = nn.Parameter(torch.zeros(o))
-        # NOTE: fan-in is the whole input width, not that of one block; the latter makes initial weights sqrt(G) too large.
+        # NOTE: fan-in is the whole input width, not that of one block; the latter makes initial weights sqrt(G) too
+        # large.
         trunc_normal_(self.weight, i)
 
     def forward(self, x, shared=None):
@@ -577,12 +599,16 @@ class Encoder(nn.Module):
         out = []
         if self.vectors:
             # Integers become one-hot, real vectors are compressed by symlog (eq. 9).
-            parts = [F.one_hot(obs[k], n).float() if (n := self.numbers.get(k)) else symlog(obs[k]) for k in self.vectors]
+            parts = [
+                F.one_hot(obs[k], n).float() if (n := self.numbers.get(k)) else symlog(obs[k]) for k in self.vectors
+            ]
             out.append(self.mlp(torch.cat(parts, -1)).float())
         if self.images:
             x = torch.cat([obs[k] for k in self.images], -1) if len(self.images) > 1 else obs[self.images[0]]
             lead = x.shape[:-3]
-            x = (x.flatten(0, -4).float() / 255 - 0.5).permute(0, 3, 1, 2)  # (BT, channels, H, W), channels last in memory
+            x = (
+                x.flatten(0, -4).float().div_(255).sub_(0.5).permute(0, 3, 1, 2)
+            )  # (BT, channels, H, W), channels last in memory
             for conv, norm in zip(self.convs, self.norms, strict=True):
                 # NOTE: stride 1, then 2x2 max-pooling, then the norm: the authors' code. The paper's text says strided.
                 x = F.max_pool2d(conv(x), 2)
@@ -629,15 +655,16 @@ class RSSM(nn.Module):
         return torch.zeros(n, self.deter, device=device), torch.zeros(n, self.stoch, self.classes, device=device)
 
     def post_step(self, h, z, embedded_action, token, keep, u):
-        """One step with an observation. token (N, X): its share of the posterior layer; keep (N, 1): 0 resets; u (N, S)."""
+        """One step with an observation. token (N, X): its share of the posterior layer; keep (N, 1): 0 resets; u (N,
+        S)."""
         h = self.core_step(h * keep, z * keep.unsqueeze(-1), embedded_action)
         x = F.silu(self.post_norm(token + F.linear(h, self.post_in.weight[:, : self.deter])))
         probs = unimix_probs(self.post_out(x).view(-1, self.stoch, self.classes), self.unimix)
         return h, sample_onehot(probs, u), probs
 
     def observe(self, tokens, actions, is_first, h, z, generator=None):
-        """Filter a sequence: tokens (B, T, E), actions (B, T, A) that led to each row, is_first (B, T), state before row 0.
-        Returns h (B, T, D), z (B, T, S, C) and the posterior's log-probabilities (B, T, S, C)."""
+        """Filter a sequence: tokens (B, T, E), actions (B, T, A) that led to each row, is_first (B, T), state before
+        row 0. Returns h (B, T, D), z (B, T, S, C) and the posterior's log-probabilities (B, T, S, C)."""
         keep = 1 - is_first.float().unsqueeze(-1)  # (B, T, 1)
         # Only what depends on h or z stays in the loop; tokens and actions go through their layers as one batch.
         token = F.linear(tokens, self.post_in.weight[:, self.deter :], self.post_in.bias).float()  # (B, T, X)
@@ -654,8 +681,9 @@ class RSSM(nn.Module):
 class UpConv(nn.Conv2d):
     """Nearest-neighbour x2 upsampling, then a 5x5 'same' convolution, computed on the small image.
 
-    An output pixel's 5x5 window covers only 3x3 distinct input pixels; which taps fall together depends on its parity. So four
-    3x3 kernels (sums of the 5x5 taps) give the same numbers with 9 products instead of 25, and no upsampled copy."""
+    An output pixel's 5x5 window covers only 3x3 distinct input pixels; which taps fall together depends on its parity.
+    So four 3x3 kernels (sums of the 5x5 taps) give the same numbers with 9 products instead of 25, and no upsampled
+    copy."""
 
     def __init__(self, i, o):
         super().__init__(i, o, 5, padding=2)
@@ -664,7 +692,8 @@ class UpConv(nn.Conv2d):
 
     @staticmethod
     def fold(w, dim):
-        """Taps -2..2 on the upsampled axis -> taps -1..1 on the small one, for even and odd output pixels (new axis 1)."""
+        """Taps -2..2 on the upsampled axis -> taps -1..1 on the small one, for even and odd output pixels (new axis
+        1)."""
         a, b, c, d, e = w.unbind(dim)
         return torch.stack([torch.stack([a + b, c + d, e], dim), torch.stack([a, b + c, d + e], dim)], 1)
 
@@ -684,7 +713,10 @@ class Decoder(nn.Module):
         self.channels = [obs_space[k].shape[2] for k in self.images]
         if self.vectors:
             self.mlp = MLP(deter + latent, units, layers)
-            widths = [obs_space[k].n if isinstance(obs_space[k], gym.spaces.Discrete) else obs_space[k].shape[0] for k in self.vectors]
+            widths = [
+                obs_space[k].n if isinstance(obs_space[k], gym.spaces.Discrete) else obs_space[k].shape[0]
+                for k in self.vectors
+            ]
             self.outs = nn.ModuleList(Linear(units, int(n)) for n in widths)
         if self.images:
             mults = [m * depth for m in image_stages(obs_space[self.images[0]].shape[0])]
@@ -705,7 +737,9 @@ class Decoder(nn.Module):
             lead, h, z = h.shape[:-1], h.flatten(0, -2), z.flatten(0, -2)
             # Each block of h owns some of the channels, at all positions.
             x = self.in_h(h).view(-1, self.blocks, self.side**2, self.width // self.blocks).transpose(1, 2)
-            x = x.reshape(-1, self.side, self.side, self.width) + self.in_z(z).view(-1, self.side, self.side, self.width)
+            x = x.reshape(-1, self.side, self.side, self.width) + self.in_z(z).view(
+                -1, self.side, self.side, self.width
+            )
             for norm, up in zip(self.norms, self.ups, strict=True):
                 x = up(F.silu(norm(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (BT, 2H, 2W, channels)
             x = torch.sigmoid(x.float()).unflatten(0, lead)
@@ -732,7 +766,9 @@ class Policy(nn.Module):
     def sample(self, params, greedy=False):
         """Actions (..., A): one-hot, or real numbers that the environment wrapper clips to [-1, 1]."""
         if self.discrete:
-            return F.one_hot(params[0].argmax(-1), self.out_dim).float() if greedy else sample_onehot(params[0].detach())
+            return (
+                F.one_hot(params[0].argmax(-1), self.out_dim).float() if greedy else sample_onehot(params[0].detach())
+            )
         return params[0] if greedy else params[0] + params[1] * torch.randn_like(params[1])
 
     def log_prob(self, params, action):
@@ -781,18 +817,21 @@ class Dreamer(nn.Module):
 
     @torch.no_grad()
     def imagine(self, h, z, horizon):
-        """Roll the policy out in the model from h (N, D), z (N, S, C): features (N, H+1, F), actions (N, H, A)."""
+        """Roll the policy out in the model from h (N, D), z (N, S, C): features (H+1, N, F), actions (H, N, A). Time
+        comes first here, so that "all but the last step" is a contiguous block and not a copy of the largest
+        tensors."""
         feat = self.feat(h, z)
         feats, actions = [feat], []
         for _ in range(horizon):  # no action is drawn in the last state: nothing would use it
             h, z, feat, action = self.imag_step(h, z, feat)
             feats.append(feat)
             actions.append(action)
-        return torch.stack(feats, 1), torch.stack(actions, 1)
+        return torch.stack(feats), torch.stack(actions)
 
     @torch.no_grad()
     def act(self, obs, is_first, h, z, previous, greedy=False):
-        """One acting step: obs {key: (N, ...)}, is_first (N,), state and previous action (N, A) -> h, z, action (N, A)."""
+        """One acting step: obs {key: (N, ...)}, is_first (N,), state and previous action (N, A) -> h, z, action (N,
+        A)."""
         tokens = self.enc({k: v.unsqueeze(1) for k, v in obs.items()})  # (N, 1, E)
         h, z, _ = self.dyn.observe(tokens, previous.unsqueeze(1), is_first.unsqueeze(1), h, z)
         h, z = h[:, 0], z[:, 0]
@@ -800,8 +839,8 @@ class Dreamer(nn.Module):
 
 
 def count_params(model, obs_space=None, action_space=None):
-    """Trained parameters of a module, or of the model that a `make_config` dict or a size name describes (built on the meta
-    device; by default with the spaces of the published counts: one 64x64x3 image, 6 discrete actions)."""
+    """Trained parameters of a module, or of the model that a `make_config` dict or a size name describes (built on the
+    meta device; by default with the spaces of the published counts: one 64x64x3 image, 6 discrete actions)."""
     if not isinstance(model, nn.Module):
         config = make_config(model) if isinstance(model, str) else model
         image = gym.spaces.Dict(image=gym.spaces.Box(0, 255, (64, 64, 3), np.uint8))
@@ -817,15 +856,16 @@ def recon_loss(prediction, target):
     """Negative log-likelihood of one observation key up to constants: (B, T, ...) -> (B, T)."""
     # NOTE: sums over pixels and dimensions, not means; means would drown the reconstruction in reward and KL.
     if target.dtype == torch.uint8:
-        return ((prediction - target.float() / 255) ** 2).flatten(2).sum(-1)
+        return F.mse_loss(prediction, target.float().div_(255), reduction="none").flatten(2).sum(-1)
     if target.dtype == torch.int64:
         return F.cross_entropy(prediction.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
-    return ((prediction - symlog(target)) ** 2).sum(-1)
+    return F.mse_loss(prediction, symlog(target), reduction="none").sum(-1)
 
 
 def world_model_loss(model, batch, args):
     """Eq. 4 and 5 on rows 1..T of a batch of T+1 rows. Returns {name: (B, T)}, h (B, T, D), z (B, T, S, C)."""
-    # NOTE: row 0 is context only: its stored latents start the recurrence, its action leads to row 1. It is not trained on.
+    # NOTE: row 0 is context only: its stored latents start the recurrence, its action leads to row 1. It is not
+    # trained on.
     rows = {k: v[:, 1:] for k, v in batch.items()}
     obs = {k[4:]: v for k, v in rows.items() if k.startswith("obs/")}
     z0 = F.one_hot(batch["stoch"][:, 0].long(), model.config["classes"]).float()  # (B, S, C)
@@ -835,55 +875,65 @@ def world_model_loss(model, batch, args):
     recon, feat = model.dec(h, z), model.feat(h, z)  # feat (B, T, F)
     losses = {f"recon_{k}": recon_loss(recon[k], obs[k]) for k in obs}
     losses["reward"] = two_hot_loss(model.rew(feat), rows["reward"], model.bins)
-    # NOTE: contdisc: the discount lives in the continue head. Only a true end counts; a truncated episode would have gone on.
+    # NOTE: contdisc: the discount lives in the continue head. Only a true end counts; a truncated episode would have
+    # gone on.
     alive = (1 - rows["is_terminal"].float()) * args.gamma
-    losses["continue"] = F.binary_cross_entropy_with_logits(model.con(feat).float().squeeze(-1), alive, reduction="none")
+    losses["continue"] = F.binary_cross_entropy_with_logits(
+        model.con(feat).float().squeeze(-1), alive, reduction="none"
+    )
     losses["dynamics"], losses["representation"] = kl_loss(post, prior, args.kl_free)
     return losses, h, z
 
 
-def critic_nll(logits, targets, model):
-    return two_hot_nll(torch.log_softmax(logits.float(), -1), targets, model.bins)
+def critic_loss(logits, returns, slow, model, args):
+    """Cross entropy with the returns and, as a regulariser, with the slow critic's mean (eq. 7): (..., K), (...) ->
+    (...)."""
+    # NOTE: the slow critic regularises; the targets come from the fast one.
+    return two_hot_nll(torch.log_softmax(logits.float(), -1), [(returns, 1.0), (slow, args.slow_reg)], model.bins)
 
 
 def behavior_loss(model, norm, batch, h, z, args):
-    """Eq. 6 and 7: actor and critic on imagined rollouts, critic on replayed states. Returns {name: (N or B, time)}."""
+    """Eq. 6 and 7: actor and critic on imagined rollouts, critic on replayed states. Returns {name: (H, N) or (B,
+    T-1)}."""
     B, T = h.shape[:2]
     pick = slice(None) if args.imag_starts is None else torch.rand(B * T, device=h.device).argsort()[: args.imag_starts]
     with torch.no_grad():
-        # NOTE: imagination starts from every replayed state and carries no gradient; the world model learns from replay alone.
-        feats, actions = model.imagine(h.detach().flatten(0, 1)[pick], z.detach().flatten(0, 1)[pick], args.imag_horizon)
-        reward = two_hot_mean(model.rew(feats), model.bins)  # (N, H+1)
-        live = torch.sigmoid(model.con(feats).float().squeeze(-1))  # (N, H+1), the discount included
-        slow = two_hot_mean(model.slow(feats[:, :-1]), model.bins)  # (N, H)
+        # NOTE: imagination starts from every replayed state and carries no gradient; the world model learns from
+        # replay alone.
+        feats, actions = model.imagine(
+            h.detach().flatten(0, 1)[pick], z.detach().flatten(0, 1)[pick], args.imag_horizon
+        )
+        reward = two_hot_mean(model.rew(feats), model.bins)  # (H+1, N)
+        live = torch.sigmoid(model.con(feats).float().squeeze(-1))  # (H+1, N), the discount included
+        slow = two_hot_mean(model.slow(feats[:-1]), model.bins)  # (H, N)
         # NOTE: the weight includes c_0, so that a rollout that starts in a terminal state counts for nothing.
-        weight = live.cumprod(1)[:, :-1]  # (N, H)
-    value_logits = model.val(feats)  # (N, H+1, K)
-    value = two_hot_mean(value_logits.detach(), model.bins)  # (N, H+1)
-    returns = lambda_return(torch.zeros_like(live), 1 - live, reward, value, value, 1.0, args.return_lambda)  # (N, H)
-    scale = norm.update(returns)  # NOTE: updated before it is used
-    advantage = (returns - value[:, :-1]) / scale  # (N, H)
-    params = model.pol(feats[:, :-1])
-    entropy = model.pol.entropy(params)  # (N, H)
+        weight = live.cumprod(0)[:-1]  # (H, N)
+        end_value = two_hot_mean(model.val(feats[-1:]), model.bins)  # (1, N)
+    value_logits = model.val(feats[:-1])  # (H, N, K)
+    with torch.no_grad():
+        value = torch.cat([two_hot_mean(value_logits, model.bins), end_value])  # (H+1, N)
+        returns = lambda_return(
+            torch.zeros_like(live.T), 1 - live.T, reward.T, value.T, value.T, 1.0, args.return_lambda
+        ).T
+        scale = norm.update(returns)  # NOTE: updated before it is used
+        advantage = (returns - value[:-1]) / scale  # (H, N)
+    params = model.pol(feats[:-1])
+    entropy = model.pol.entropy(params)  # (H, N)
     # NOTE: REINFORCE for discrete and continuous actions alike; no gradient flows back through the dynamics.
     objective = model.pol.log_prob(params, actions) * advantage + args.ent_coef * entropy
-    losses = {"policy": -weight * objective}
-    # NOTE: the slow critic regularises; the targets come from the fast one.
-    nll = critic_nll(value_logits[:, :-1], [returns], model) + args.slow_reg * critic_nll(value_logits[:, :-1], [slow], model)
-    losses["value"] = weight * nll
+    losses = {"policy": -weight * objective, "value": weight * critic_loss(value_logits, returns, slow, model, args)}
 
-    feat = model.feat(h, z)  # (B, T, F), with gradients into the world model
-    value_logits = model.val(feat)
+    feat = model.feat(h, z)  # (B, T, F). NOTE: with gradients: the replayed critic loss shapes the world model too
+    value_logits = model.val(feat)  # (B, T, K)
     with torch.no_grad():
         value, slow = two_hot_mean(value_logits, model.bins), two_hot_mean(model.slow(feat), model.bins)  # (B, T)
         boot = value.flatten().clone()
-        boot[pick] = returns[:, 0]  # imagined returns bootstrap the replayed ones
+        boot[pick] = returns[0]  # imagined returns bootstrap the replayed ones
         last, term, reward = (batch[k][:, 1:].float() for k in ("is_last", "is_terminal", "reward"))
         target = lambda_return(last, term, reward, value, boot.view(B, T), args.gamma, args.return_lambda)  # (B, T-1)
-    nll = critic_nll(value_logits[:, :-1], [target], model) + args.slow_reg * critic_nll(value_logits[:, :-1], [slow[:, :-1]], model)
-    losses["replay_value"] = (1 - last[:, :-1]) * nll  # (B, T-1)
-    stats = {"entropy": entropy.mean(), "return_scale": scale, "imagined_return": returns.mean(), "value_mean": value.mean()}
-    return losses, stats
+    losses["replay_value"] = (1 - last[:, :-1]) * critic_loss(value_logits[:, :-1], target, slow[:, :-1], model, args)
+    stats = {"entropy": entropy.mean().detach(), "return_scale": scale, "imagined_return": returns.mean()}
+    return losses, stats | {"value_mean": value.mean()}
 
 
 class Learner:
@@ -899,7 +949,8 @@ class Learner:
         self.bad = None  # which loss terms, or the gradient norm, were not finite; set once, on the device
 
     def update(self, batch):
-        """One optimizer step on a batch {name: (B, T+1, ...)}. Returns metrics and the new latents (B, T, D), (B, T, S)."""
+        """One optimizer step on a batch {name: (B, T+1, ...)}. Returns metrics and the new latents (B, T, D), (B, T,
+        S)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             losses, h, z = world_model_loss(self.model, batch, self.args)
             more, stats = behavior_loss(self.model, self.norm, batch, h, z, self.args)
@@ -917,7 +968,9 @@ class Learner:
         self.opt.step(rate, ~self.bad.any())
         slow, fast = list(self.model.slow.parameters()), [p.detach() for p in self.model.val.parameters()]
         torch._foreach_lerp_(slow, fast, self.args.tau)
-        metrics = {k: v.detach() for k, v in losses.items()} | stats | {"grad_norm": norms.norm(), "learning_rate": rate}
+        metrics = (
+            {k: v.detach() for k, v in losses.items()} | stats | {"grad_norm": norms.norm(), "learning_rate": rate}
+        )
         return metrics, h.detach().to(torch.bfloat16), z.detach().argmax(-1).to(torch.uint8)
 
     def check(self):
@@ -936,19 +989,22 @@ class Learner:
 
 # [optional: compile
 def compile_model(model, learner):
-    """Compile the two recurrent steps; on a GPU also capture each whole update in one CUDA graph."""
+    """Compile the recurrent steps and the networks around them; on a GPU capture each whole update in a CUDA graph."""
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.zeros(8, device=learner.device))  # is there a working compiler?
     except Exception as e:
         return say(f"warning: torch.compile does not work here ({type(e).__name__}); going on without it")
     model.dyn.post_step = torch.compile(model.dyn.post_step, dynamic=False)
     model.imag_step = torch.compile(model.imag_step, dynamic=False)
+    for network in (model.enc, model.dec):
+        network.compile(dynamic=False)  # in place: parameter names in checkpoints stay as they are
     if learner.device.type == "cuda":
         learner.update = Graphed(learner.update)
 
 
 class Graphed:
-    """A function of a dict of tensors, captured in a CUDA graph after three ordinary calls. Outputs are reused by later calls."""
+    """A function of a dict of tensors, captured in a CUDA graph after three ordinary calls. Outputs are reused by
+    later calls."""
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, None
@@ -979,7 +1035,8 @@ class Graphed:
 
 class Replay:
     """Ring buffers (environment, row), allocated once on `device`. A sequence is `length` + 1 consecutive rows of one
-    environment; it may cross episodes (is_first resets the model inside). Latents are stored beside the observations."""
+    environment; it may cross episodes (is_first resets the model inside). Latents are stored beside the
+    observations."""
 
     def __init__(self, capacity, num_envs, specs, length, device="cpu", seed=0):
         """capacity: rows per environment; specs: {name: (shape, dtype)}; length: T."""
@@ -1009,7 +1066,9 @@ class Replay:
             data.flatten(0, 1)[index] = torch.as_tensor(rows[name], device=self.device).to(data.dtype)
         self.count[envs] += 1
         # Online queue: every stretch of T+1 new rows is trained on once, soon after it was collected.
-        self.queue.extend((int(e), int(self.count[e]) - self.length - 1) for e in envs if not self.count[e] % (self.length + 1))
+        self.queue.extend(
+            (int(e), int(self.count[e]) - self.length - 1) for e in envs if not self.count[e] % (self.length + 1)
+        )
 
     def sequences(self):
         """Number of stored sequences per environment."""
@@ -1041,15 +1100,20 @@ class Replay:
 
     def write_back(self, ids, deter, stoch):
         """Refresh the stored latents of rows 1..T with the newest posteriors (B, T, D) and (B, T, S)."""
-        # NOTE: without it sequences start from latents of an ever older model. Nothing was added since `sample`, so no row
-        # can have been overwritten in between.
-        self.data["deter"].flatten(0, 1)[ids[:, 1:]] = deter.to(self.device)
-        self.data["stoch"].flatten(0, 1)[ids[:, 1:]] = stoch.to(self.device)
+        # NOTE: without it sequences start from latents of an ever older model. Nothing was added since `sample`, so no
+        # row can have been overwritten in between.
+        self.data["deter"].flatten(0, 1)[ids[:, 1:]] = deter.to(self.device, torch.bfloat16)
+        self.data["stoch"].flatten(0, 1)[ids[:, 1:]] = stoch.to(self.device, torch.uint8)
 
     def state_dict(self):
         filled = int(min(self.count.max(), self.capacity))
         rows = {k: v[:, :filled].cpu().clone() for k, v in self.data.items()}
-        return {"rows": rows, "count": self.count.tolist(), "queue": list(self.queue), "rng": self.rng.bit_generator.state}
+        return {
+            "rows": rows,
+            "count": self.count.tolist(),
+            "queue": list(self.queue),
+            "rng": self.rng.bit_generator.state,
+        }
 
     def load_state_dict(self, state):
         for k, v in state["rows"].items():
@@ -1059,7 +1123,8 @@ class Replay:
 
 
 class Ratio:
-    """How many updates are due: ratio(step) after `step` agent steps; fractions are carried over, the first call gives 1."""
+    """How many updates are due: ratio(step) after `step` agent steps; fractions are carried over, the first call gives
+    1."""
 
     def __init__(self, ratio):
         self.ratio, self.previous = ratio, None
@@ -1085,7 +1150,8 @@ def resize(image, size):
 
 
 class Atari(gym.Wrapper):
-    """Frame skip with the maximum of the last two frames, random no-ops, small images; no reward clipping, no life signal."""
+    """Frame skip with the maximum of the last two frames, random no-ops, small images; no reward clipping, no life
+    signal."""
 
     def __init__(self, env, repeat, size, grayscale, noop_max):
         super().__init__(env)
@@ -1119,13 +1185,12 @@ class Atari(gym.Wrapper):
 
 
 class DMControl(gym.Env):
-    """DeepMind Control suite: all proprioception as float vectors; pixels by `render`. Episodes are truncated, not ended."""
+    """DeepMind Control suite: all proprioception as float vectors; pixels by `render`. Episodes are truncated, not
+    ended."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
 
     def __init__(self, name, size):
-        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # rendering without a display; must be set before the import
         from dm_control import suite
 
         self.domain, self.task = re.fullmatch(r"dm_control/(\w+)-(\w+)-v0", name).groups()
@@ -1204,7 +1269,11 @@ class Pixels(gym.ObservationWrapper):
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
 
     def observation(self, obs):
-        return draw_minatar(self.unwrapped.game.state(), self.size) if self.minatar else resize(self.env.render(), self.size)
+        return (
+            draw_minatar(self.unwrapped.game.state(), self.size)
+            if self.minatar
+            else resize(self.env.render(), self.size)
+        )
 
 
 class Repeat(gym.Wrapper):
@@ -1246,7 +1315,9 @@ class Adapter(gym.Wrapper):
                 self.kinds[key], out[key] = "vector", gym.spaces.Box(-np.inf, np.inf, (n,), np.float32)
             else:
                 found = f"{s} in a Dict with the keys {sorted(self.source)}" if not self.single else str(s)
-                raise ValueError(f"observations must be images, vectors of up to 4096 numbers or Discrete, {key!r} is {found}")
+                raise ValueError(
+                    f"observations must be images, vectors of up to 4096 numbers or Discrete, {key!r} is {found}"
+                )
         self.observation_space, a = gym.spaces.Dict(out), env.action_space
         if isinstance(a, gym.spaces.Discrete):
             self.action_space = gym.spaces.Discrete(a.n)
@@ -1260,7 +1331,9 @@ class Adapter(gym.Wrapper):
         for key, kind in self.kinds.items():
             value, space = np.asarray(obs[key]), self.source[key]
             if value.shape != space.shape or (kind == "image" and value.dtype != np.uint8):
-                raise ValueError(f"{key!r} is declared {space.dtype} {space.shape}, the environment sent {value.dtype} {value.shape}")
+                raise ValueError(
+                    f"{key!r} is declared {space.dtype} {space.shape}, the environment sent {value.dtype} {value.shape}"
+                )
             if kind == "image":
                 out[key] = resize(value, self.size)
             elif kind == "number":
@@ -1294,6 +1367,9 @@ def make_env(args, index, key=0):
 
     def thunk():
         family, kwargs = args.env_id.split("/")[0], json.loads(args.env_kwargs)
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draw without a display
+            os.environ.setdefault("MUJOCO_GL", "egl")
         if family == "dm_control":
             env = DMControl(args.env_id, args.image_size)
         # [optional: crafter
@@ -1306,7 +1382,9 @@ def make_env(args, index, key=0):
 
                 gym.register_envs(ale_py)
                 # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours.
-                kwargs |= dict(frameskip=1, repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space)
+                kwargs |= dict(
+                    frameskip=1, repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space
+                )
             elif family == "MinAtar":
                 import minatar.gym
 
@@ -1331,8 +1409,11 @@ def make_env(args, index, key=0):
 
 
 def make_envs(args, n, key=0):
-    """n environments in lockstep. NOTE: SAME_STEP, so that the true last observation arrives with the end of its episode."""
-    return gym.vector.SyncVectorEnv([make_env(args, i, key) for i in range(n)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    """n environments in lockstep. NOTE: SAME_STEP, so that the true last observation arrives with the end of its
+    episode."""
+    return gym.vector.SyncVectorEnv(
+        [make_env(args, i, key) for i in range(n)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
+    )
 
 
 def to_torch(obs, device):
@@ -1363,7 +1444,10 @@ def agent_policy(model, device, greedy=False):
     """The trained actor, with its recurrent state, as a policy for play_episodes."""
 
     def policy(obs, first, state):
-        state = state or (*model.dyn.initial(len(first), device), torch.zeros(len(first), model.pol.out_dim, device=device))
+        state = state or (
+            *model.dyn.initial(len(first), device),
+            torch.zeros(len(first), model.pol.out_dim, device=device),
+        )
         state = model.act(to_torch(obs, device), torch.as_tensor(first, device=device), *state, greedy)
         return env_actions(state[2], model.pol.discrete), state
 
@@ -1391,13 +1475,17 @@ def play_episodes(args, policy, episodes, key, video=None):
 
 
 def record_clips(args, policy, action_space, n, length, key, skip=0):
-    """n clips of `length` rows from fresh environments under `policy`, after `skip` steps: {name: (n, length, ...)}. Rows
-    follow the file's time convention."""
+    """n clips of `length` rows from fresh environments under `policy`, after `skip` steps: {name: (n, length, ...)}.
+    Rows follow the file's time convention."""
     envs, rows, state = make_envs(args, n, key), [], None
     (obs, _), first = envs.reset(), np.ones(n, bool)
     for t in range(skip + length):
         actions, state = policy(obs, first, state)
-        stored = np.eye(action_space.n, dtype=np.float32)[actions] if isinstance(action_space, gym.spaces.Discrete) else actions
+        stored = (
+            np.eye(action_space.n, dtype=np.float32)[actions]
+            if isinstance(action_space, gym.spaces.Discrete)
+            else actions
+        )
         if t >= skip:
             rows.append({f"obs/{k}": v for k, v in obs.items()} | {"action": stored, "is_first": first | (t == skip)})
         obs, _, terminated, truncated, _ = envs.step(actions)
@@ -1408,9 +1496,10 @@ def record_clips(args, policy, action_space, n, length, key, skip=0):
 
 @torch.no_grad()
 def open_loop(model, clips, context):
-    """The world model on clips {name: (N, L, ...)} it did not train on. It sees `context` rows, then dreams on with the true
-    actions. Returns metrics (mean squared errors per number, images in [0, 1], vectors in symlog space) beside those of the
-    trivial predictors, and the decoded (N, L, ...) observations: posterior before `context`, dream after it."""
+    """The world model on clips {name: (N, L, ...)} it did not train on. It sees `context` rows, then dreams on with
+    the true actions. Returns metrics (mean squared errors per number, images in [0, 1], vectors in symlog space)
+    beside those of the trivial predictors, and the decoded (N, L, ...) observations: posterior before `context`, dream
+    after it."""
     obs = {k[4:]: v for k, v in clips.items() if k.startswith("obs/")}
     first, N = clips["is_first"], clips["is_first"].shape[0]
     previous = torch.cat([torch.zeros_like(clips["action"][:, :1]), clips["action"][:, :-1]], 1)
@@ -1481,7 +1570,11 @@ def dream_frames(truth, shown, context):
             framed = np.full((len(b) + 6, b.shape[1] + 6, 3), (0, 180, 0) if t < context else (220, 0, 0), np.uint8)
             framed[3:-3, 3:-3] = b
             difference = ((b.astype(int) - a) // 2 + 128).astype(np.uint8)
-            columns.append(np.concatenate([np.pad(x, ((3, 3), (3, 3), (0, 0))) if x is not framed else x for x in (a, framed, difference)]))
+            columns.append(
+                np.concatenate(
+                    [np.pad(x, ((3, 3), (3, 3), (0, 0))) if x is not framed else x for x in (a, framed, difference)]
+                )
+            )
         frames.append(np.concatenate(columns, 1))
     return frames
 
@@ -1498,7 +1591,11 @@ def space_to(space):
     """A space of Adapter in plain types."""
     if isinstance(space, gym.spaces.Dict):
         return {k: space_to(s) for k, s in space.items()}
-    return int(space.n) if isinstance(space, gym.spaces.Discrete) else [list(space.shape), str(space.dtype), float(space.high.flat[0])]
+    return (
+        int(space.n)
+        if isinstance(space, gym.spaces.Discrete)
+        else [list(space.shape), str(space.dtype), float(space.high.flat[0])]
+    )
 
 
 def space_from(plain):
@@ -1513,8 +1610,9 @@ def space_from(plain):
 class DreamEnv(gym.Env):
     """The learned world as an environment. `path`: run directory. Observations are a Dict, or the only entry by itself.
 
-    reset(options={"observations": {key: (T, ...)}, "actions": (T, ...)}) filters real context (action t follows observation t;
-    the last one is not used) and dreams on from it; without options it starts from context kept in the checkpoint."""
+    reset(options={"observations": {key: (T, ...)}, "actions": (T, ...)}) filters real context (action t follows
+    observation t; the last one is not used) and dreams on from it; without options it starts from context kept in the
+    checkpoint."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
 
@@ -1582,7 +1680,12 @@ def play(args):
     headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     if headless or os.environ.get("SDL_VIDEODRIVER") == "dummy":
         path = os.path.join(args.play, "eval-dream.gif")
-        (obs, _), frames, policy, state = env.reset(seed=args.seed), [env.render()], agent_policy(env.model, "cpu"), None
+        (obs, _), frames, policy, state = (
+            env.reset(seed=args.seed),
+            [env.render()],
+            agent_policy(env.model, "cpu"),
+            None,
+        )
         for t in range(100):
             obs = {"observation": obs} if env.single else obs
             action, state = policy({k: np.asarray(v)[None] for k, v in obs.items()}, np.array([t == 0]), state)
@@ -1626,7 +1729,8 @@ def say(text):  # shared
 
 
 def parse_args(cls, presets, description):  # shared
-    """Command line -> cls. Defaults come from --preset, or from the run given to --resume, --evaluate or --play; flags win."""
+    """Command line -> cls. Defaults come from --preset, or from the run given to --resume, --evaluate or --play; flags
+    win."""
     words, defaults = [w for a in sys.argv[1:] for w in a.split("=", 1)], {}
     given = {w: words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith("--")}
     run = next((given[f] for f in ("--resume", "--evaluate", "--play") if f in given), None)
@@ -1636,7 +1740,12 @@ def parse_args(cls, presets, description):  # shared
     elif given.get("--preset") in presets:
         defaults = {"preset": given["--preset"], **presets[given["--preset"]]}
     known = {f.name for f in fields(cls)}
-    return tyro.cli(cls, description=description, default=cls(**{k: v for k, v in defaults.items() if k in known}))
+    if hasattr(signal, "SIGPIPE"):  # `--help | head` ends quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    args = tyro.cli(cls, description=description, default=cls(**{k: v for k, v in defaults.items() if k in known}))
+    if hasattr(signal, "SIGPIPE"):  # but a training run must not die with its reader: see `say`
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    return args
 
 
 def load_args(run):  # shared
@@ -1655,12 +1764,50 @@ def check_ranges(args, ranges):  # shared
     for name, (low, high) in ranges.items():
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         if value is not None and not low <= value <= high:  # NaN fails too
-            fail(f"{flag} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}") + f", got {value}")
+            fail(
+                f"{flag} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}") + f", got {value}"
+            )
         if value is not None and not math.isfinite(value):
             fail(f"{flag} must be finite, got {value}")
 
 
+def choose_device(args):  # shared
+    """The GPU if there is one and --cuda is on; says which and why."""
+    if args.cuda and torch.cuda.is_available():
+        say(f"device: cuda ({torch.cuda.get_device_name()})")
+        return torch.device("cuda")
+    say(f"device: cpu ({'no CUDA device' if args.cuda else '--no-cuda'})")
+    return torch.device("cpu")
+
+
+def free_memory(device):  # shared
+    """Bytes that can still be allocated, or infinity where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except OSError:
+        return math.inf
+
+
+def passed(every, step, stride):  # shared
+    """Whether the last `stride` steps went past a multiple of `every` (0: never)."""
+    return bool(every) and step // every > (step - stride) // every
+
+
+def finish(args, score, random_score, extra=""):  # shared
+    """The last line of a run; exit code 1 if a target was set and missed."""
+    line, target = f"episodic_return {score:.1f}{extra} (random {random_score:.1f}", args.target_return
+    if target is None:
+        return say(line + ")")
+    say(f"{line}, target {target:g}): {'reached' if score >= target else 'missed'}")
+    if not score >= target:
+        raise SystemExit(1)
+
+
 def seed_everything(args, device):  # shared
+    """Seeds, determinism and the allocator of this process."""
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -1669,6 +1816,13 @@ def seed_everything(args, device):  # shared
     if device.type == "cpu":  # repeated indices in an assignment: the last one wins, also with several threads
         torch.use_deterministic_algorithms(args.torch_deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False
+        # glibc hands every large tensor back to the system when it is freed and faults its pages in again when the
+        # next one is made: a third of the CPU time of image models. Keep freed memory instead (M_MMAP_MAX 0,
+        # M_TRIM_THRESHOLD 2 GB).
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+        if mallopt:
+            mallopt(-4, 0)
+            mallopt(-1, 2**31 - 1)
     if getattr(args, "num_threads", None):
         torch.set_num_threads(args.num_threads)
 
@@ -1676,7 +1830,12 @@ def seed_everything(args, device):  # shared
 def rng_state():  # shared
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda}
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
 
 
 def set_rng_state(state):  # shared
@@ -1688,7 +1847,8 @@ def set_rng_state(state):  # shared
 
 
 def atomic_save(state, path):  # shared
-    """Write a checkpoint; `path` is the new state or the old one, never half of either. The old one becomes .prev.pt."""
+    """Write a checkpoint; `path` is the new state or the old one, never half of either. The old one becomes
+    .prev.pt."""
     temp = path + ".tmp"
     try:
         with open(temp, "wb") as f:
@@ -1701,7 +1861,9 @@ def atomic_save(state, path):  # shared
     except (OSError, RuntimeError) as e:  # disk full, quota, file size limit
         if os.path.exists(temp):
             os.remove(temp)
-        raise SystemExit(f"could not write {path} ({type(e).__name__}: {e}); the previous checkpoint is untouched") from None
+        raise SystemExit(
+            f"could not write {path} ({type(e).__name__}: {e}); the previous checkpoint is untouched"
+        ) from None
 
 
 def load_checkpoint(run, script, device="cpu"):  # shared
@@ -1727,11 +1889,12 @@ def load_checkpoint(run, script, device="cpu"):  # shared
 
 
 def new_run_dir(args):  # shared
-    """Create runs/{env_id}__{exp_name}__{seed}__{time}, with a suffix if another run took the name in the same second."""
-    if re.search(r"[/\\\0]", args.exp_name):
-        fail(f"--exp-name must not contain a slash, got {args.exp_name!r}")
+    """Create runs/{env_id}__{exp_name}__{seed}__{time}, with a suffix if another run took the name in the same
+    second."""
     task = getattr(args, "env_id", None) or getattr(args, "dataset", "data")
-    base = os.path.join("runs", f"{re.sub(r'[^A-Za-z0-9._-]', '-', task)}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    base = os.path.join(
+        "runs", f"{re.sub(r'[^A-Za-z0-9._-]', '-', task)}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    )
     for suffix in ["", *(f"-{i}" for i in range(1, 100))]:
         try:
             os.makedirs(base + suffix)
@@ -1743,6 +1906,25 @@ def new_run_dir(args):  # shared
         except OSError as e:
             fail(f"cannot write runs: {e}")
     return base + suffix
+
+
+def write_run_info(run, args, script, device):  # shared
+    """args.json (flags, command, commit, versions, hardware) and a copy of the script: enough to repeat the run."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(script)), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+    except (OSError, subprocess.TimeoutExpired):
+        commit, cpu = "", platform.machine()
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
+    info = dict(script=os.path.basename(script)[:-3], command=sys.argv, commit=commit or "unknown", hardware=hardware)
+    info["versions"] = {m.__name__: m.__version__ for m in (torch, gym, np)} | {"python": platform.python_version()}
+    with open(os.path.join(run, "args.json"), "w", encoding="utf-8") as f:
+        json.dump(info | {"args": asdict(args) | {"resume": None}}, f, indent=1)
+    copy = os.path.join(run, os.path.basename(script))
+    if not os.path.exists(copy):
+        shutil.copy(script, copy)
 
 
 def lock_run(run):  # shared
@@ -1784,7 +1966,8 @@ class StopSignal:  # shared
 
 
 class SeededReset(gym.Wrapper):  # shared
-    """Episode k starts from a seed made of (key, k): the same in every run, also after --resume; no two keys share a start."""
+    """Episode k starts from a seed made of (key, k): the same in every run, also after --resume; no two keys share a
+    start."""
 
     def __init__(self, env, key):
         super().__init__(env)
@@ -1816,7 +1999,9 @@ class CheckedEnv(gym.Wrapper):  # shared
     def check(self, what, value):
         value = np.asarray(value)
         if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise EnvFault(f"environment {self.index} returned {what} {value[~np.isfinite(value)].flat[0]} at step {self.count}")
+            raise EnvFault(
+                f"environment {self.index} returned {what} {value[~np.isfinite(value)].flat[0]} at step {self.count}"
+            )
 
     def reset(self, **kwargs):
         obs, info = self.guard(self.env.reset, **kwargs)
@@ -1844,7 +2029,9 @@ class Logger:  # shared
             import wandb
 
             options = dict(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True)
-            wandb.init(**options, config=vars(args), name=os.path.basename(run), id=os.path.basename(run), resume="allow")
+            wandb.init(
+                **options, config=vars(args), name=os.path.basename(run), id=os.path.basename(run), resume="allow"
+            )
         self.tracker = None
         if args.track == "trackio":
             import trackio
@@ -1880,7 +2067,9 @@ class Logger:  # shared
 
             save_gif(frames, path)
             with open(path, "rb") as f:
-                image = Summary.Image(height=frames[0].shape[0], width=frames[0].shape[1], colorspace=3, encoded_image_string=f.read())
+                image = Summary.Image(
+                    height=frames[0].shape[0], width=frames[0].shape[1], colorspace=3, encoded_image_string=f.read()
+                )
             summary = Summary(value=[Summary.Value(tag=tag, image=image)])
             self.attempt(self.writer and self.writer._get_file_writer().add_summary, summary, step)
         except OSError as e:
@@ -1892,173 +2081,138 @@ class Logger:  # shared
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
-
 # What --resume may change; everything else would make it another run.
 CHANGEABLE = set(
-    "exp_name cuda compile num_threads track wandb_project_name wandb_entity capture_video save_every save_replay resume evaluate play "
-    "target_return total_timesteps eval_episodes eval_greedy log_every report_every replay_cuda preset".split()
+    "exp_name preset cuda compile num_threads track wandb_project_name wandb_entity capture_video save_replay resume "
+    "evaluate play target_return total_timesteps eval_episodes eval_greedy log_every replay_cuda".split()
 )
+# Flags that shape the networks, for make_config.
+SHAPES = "deter hidden units cnn_depth classes stoch blocks mlp_layers bins unimix actor_unimix".split()
 
 
-def check_args(args):
-    """Everything that can be said before an environment is built. Exits with one line."""
+def check_args(args, config):
+    """Everything that can be said before an environment is built."""
     check_ranges(args, RANGES)
-    if args.gamma >= 1 or args.return_lambda > 1:
-        fail(f"--gamma must be below 1, got {args.gamma}")
-    if args.bins % 2 == 0:
-        fail(f"--bins must be odd so that one atom is 0, got {args.bins}")
-    rows = args.num_envs * (args.batch_length + 1)
-    if args.total_timesteps <= max(args.learning_starts, rows):
-        reason = f"--learning-starts {args.learning_starts} and --num-envs x (--batch-length + 1) = {rows}"
-        fail(f"--total-timesteps {args.total_timesteps} must be more than {reason}: nothing would be trained")
-    if args.buffer_size < rows:
-        fail(f"--buffer-size {args.buffer_size} is smaller than --num-envs x (--batch-length + 1) = {rows}: no sequence fits")
-    if args.imag_starts and args.imag_starts > args.batch_size * args.batch_length:
-        fail(f"--imag-starts {args.imag_starts} is more than --batch-size x --batch-length = {args.batch_size * args.batch_length}")
+    T, c, rows = args.batch_length, config, args.num_envs * (args.batch_length + 1)
+    rows_flags, starts = f"--num-envs x (--batch-length + 1) = {rows}", f"--learning-starts {args.learning_starts}"
+    batch = f"--batch-size x --batch-length = {args.batch_size * T}"
+    for wrong, message in [
+        (args.gamma >= 1, f"--gamma must be below 1, got {args.gamma}"),
+        (args.bins % 2 == 0, f"--bins must be odd so that one atom is 0, got {args.bins}"),
+        (c["classes"] > 256, f"--classes must be at most 256, got {c['classes']}"),
+        (c["deter"] % c["blocks"], f"--deter {c['deter']} is not a multiple of --blocks {c['blocks']}: "
+         f"remainder {c['deter'] % c['blocks']}"),
+        (args.total_timesteps <= max(args.learning_starts, rows), f"--total-timesteps {args.total_timesteps} must be "
+         f"more than {starts} and {rows_flags}: nothing would be trained"),
+        (args.buffer_size < rows, f"--buffer-size {args.buffer_size} is less than {rows_flags}: no sequence fits"),
+        ((args.imag_starts or 0) > args.batch_size * T, f"--imag-starts {args.imag_starts} is more than {batch}"),
+        (re.search(r"[/\\\0]", args.exp_name), f"--exp-name must not contain a slash, got {args.exp_name!r}"),
+    ]:  # fmt: skip
+        if wrong:
+            fail(message)
     try:
         assert isinstance(json.loads(args.env_kwargs), dict)
     except (ValueError, AssertionError):
         fail(f"--env-kwargs must be a JSON object, got {args.env_kwargs!r}")
-    c = make_config(args.size, **config_flags(args))
-    if c["deter"] % c["blocks"]:
-        fail(f"--deter {c['deter']} is not a multiple of --blocks {c['blocks']}: remainder {c['deter'] % c['blocks']}")
-    if c["classes"] > 256:
-        fail(f"--classes must be at most 256, got {c['classes']}")
-    for package in [args.track] if args.track else []:
+    if args.track:
         try:
-            __import__(package)
+            __import__(args.track)
         except ImportError:
-            fail(f"--track {package} needs {package}: pip install {package}")
+            fail(f"--track {args.track} needs {args.track}: pip install {args.track}")
 
 
-def config_flags(args):
-    """The flags that change the networks, for make_config."""
-    names = "deter hidden units cnn_depth classes stoch blocks mlp_layers bins unimix actor_unimix".split()
-    return {k: getattr(args, k) for k in names}
-
-
-def probe_env(args):
+def probe_env(args, config):
     """Build the environment once, to find out now whether it can be used: observation space, action space."""
-    family, say_id = args.env_id.split("/")[0], f"--env-id {args.env_id}"
+    family, flag = args.env_id.split("/")[0], f"--env-id {args.env_id}"
     try:
         env = make_env(args, 0)()
+        env.reset()
     except ModuleNotFoundError as e:
         module, package = PACKAGES.get(family, (None, None))
-        hint = f"{args.env_id} needs {package}: pip install {package}" if module and e.name == module else f"{say_id}: {e}"
-        fail(hint)
-    except (gym.error.Error, ValueError, AttributeError, TypeError, ImportError, KeyError) as e:
-        fail(f"{say_id}: " + " ".join(str(e).split()))
-    try:
-        env.reset()
-        images = [k for k, s in env.observation_space.items() if len(s.shape) == 3]
-        if args.pixels and args.env_id.split("/")[0] != "MinAtar" and not images:
-            fail(f"{say_id} draws no images: --pixels needs an rgb_array render mode")
-    except EnvFault as e:
-        fail(f"{say_id}: {e.__cause__ or e}")
-    stages, blocks = image_stages(args.image_size), args.blocks
-    c = make_config(args.size, **config_flags(args))
-    if images and (args.image_size % 2 ** len(stages) or not 3 <= args.image_size >> len(stages) <= 16):
-        rest = args.image_size % 2 ** len(stages)
-        fail(f"--image-size must be a multiple of {2 ** len(stages)} from 8 to 256, got {args.image_size}: remainder {rest}")
-    if images and stages[-1] * c["cnn_depth"] % blocks:
-        fail(f"--cnn-depth {c['cnn_depth']} x {stages[-1]} channels are not a multiple of --blocks {blocks}")
-    if env.spec and env.spec.max_episode_steps is None and not args.max_episode_steps and family not in ("ALE", "dm_control"):
+        known = module and e.name and e.name.split(".")[0] == module
+        fail(f"{args.env_id} needs {package}: pip install {package}" if known else f"{flag}: {e}")
+    except Exception as e:  # whatever it is, the environment cannot be used: gymnasium's own words, in one line
+        cause = e.__cause__ if isinstance(e, EnvFault) and e.__cause__ else e
+        fail(f"{flag}: " + " ".join(str(cause).split() or [type(cause).__name__]))
+    images = [k for k, s in env.observation_space.items() if len(s.shape) == 3]
+    side, stages = args.image_size, image_stages(args.image_size)
+    rest, channels = side % 2 ** len(stages), stages[-1] * config["cnn_depth"]
+    if images and (rest or not 3 <= side >> len(stages) <= 16):
+        fail(f"--image-size must be a multiple of {2 ** len(stages)}, 8 to 256, got {side}: remainder {rest}")
+    if images and channels % config["blocks"]:
+        fail(f"--cnn-depth: {channels} channels are not a multiple of --blocks {config['blocks']}")
+    limited = args.max_episode_steps or (env.spec and env.spec.max_episode_steps) or family in ("ALE", "dm_control")
+    if not limited:
         say(f"warning: {args.env_id} has no time limit; evaluation stops after 27000 steps (set --max-episode-steps)")
-    spaces = env.observation_space, env.action_space
     env.close()
-    return spaces
-
-
-def choose_device(args):
-    if args.cuda and torch.cuda.is_available():
-        say(f"device: cuda ({torch.cuda.get_device_name()})")
-        return torch.device("cuda")
-    say(f"device: cpu ({'no CUDA device' if args.cuda else '--no-cuda'})")
-    return torch.device("cpu")
-
-
-def free_memory(device):
-    """Bytes that can still be allocated, or infinity where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except OSError:
-        return math.inf
+    return env.observation_space, env.action_space
 
 
 def evaluate_run(args):
-    """--evaluate RUN: returns of fresh episodes of a trained agent."""
+    """--evaluate RUN: returns of fresh episodes of a trained agent. Writes only RUN/eval-*."""
     device = choose_device(args)
     model, state = load_agent(args.evaluate, device)
     torch.manual_seed(args.seed)
     video = os.path.join(args.evaluate, "eval-episode.gif") if args.capture_video else None
-    returns = play_episodes(args, agent_policy(model, device, args.eval_greedy), args.eval_episodes, key=1, video=video)
-    result = dict(global_step=state["global_step"], episodic_return=float(np.mean(returns)), std=float(np.std(returns)), returns=returns)
+    returns = play_episodes(args, agent_policy(model, device, args.eval_greedy), args.eval_episodes, 1, video)
+    score, std, random_return = float(np.mean(returns)), float(np.std(returns)), state["random_return"]
+    result = dict(episodic_return=score, std=std, returns=returns, random_return=random_return)
+    result |= dict(global_step=state["global_step"], greedy=args.eval_greedy)
     with open(os.path.join(args.evaluate, f"eval-{state['global_step']}.json"), "w", encoding="utf-8") as f:
-        json.dump(result | {"random_return": state["random_return"], "greedy": args.eval_greedy}, f, indent=1)
+        json.dump(result, f, indent=1)
     say(f"returns of {len(returns)} episodes: " + " ".join(f"{r:g}" for r in returns))
-    finish(args, result["episodic_return"], state["random_return"], f" +- {result['std']:.1f}")
+    finish(args, score, random_return, f" +- {std:.1f}")
     return result
 
 
-def finish(args, score, random_score, extra=""):
-    """The last line of a run; exit code 1 if a target was set and missed."""
-    goal = "" if args.target_return is None else f", target {args.target_return:g}"
-    missed = args.target_return is not None and not score >= args.target_return
-    verdict = "" if args.target_return is None else ": missed" if missed else ": reached"
-    say(f"episodic_return {score:.1f}{extra} (random {random_score:.1f}{goal}){verdict}")
-    if missed:
-        raise SystemExit(1)
+def report(args, model, run, step, action_space, device, logger):
+    """Let the model dream about fresh episodes: errors beside the trivial predictors', and the open-loop video."""
+    clips = record_clips(args, agent_policy(model, device), action_space, 4, 48, key=1000 + step, skip=30)
+    errors, shown = open_loop(model, to_torch(clips, device), context=16)
+    logger.scalars({f"eval/{k}": v for k, v in errors.items()}, step)
+    truth = {k[4:]: v.numpy() for k, v in clips.items() if k.startswith("obs/")}
+    path = os.path.join(run, "videos", f"open_loop-{step}.gif")
+    logger.video("eval/open_loop", dream_frames(truth, shown, 16), step, path)
 
 
 def main(args):
     if args.play or args.evaluate:
-        load_checkpoint(args.play or args.evaluate, "dreamerv3")
         return play(args) if args.play else evaluate_run(args)
-    check_args(args)
+    config = make_config(args.size, **{k: getattr(args, k) for k in SHAPES})
+    check_args(args, config)
     state = None
     if args.resume:
         for name, value in load_args(args.resume).items():
             if name not in CHANGEABLE and getattr(args, name, value) != value:
-                fail(f"--{name.replace('_', '-')} is {value} in {args.resume}, got {getattr(args, name)}: a run cannot change it")
+                flag = "--" + name.replace("_", "-")
+                fail(f"{flag} is {value} in {args.resume}, got {getattr(args, name)}: a run cannot change it")
         lock = lock_run(args.resume)
         state = load_checkpoint(args.resume, "dreamerv3")
         if state["global_step"] >= args.total_timesteps:
             say(f"nothing to do: step {state['global_step']} of {args.total_timesteps}")
-            return state.get("result")
-    obs_space, action_space = probe_env(args)
-    N, T = args.num_envs, args.batch_length
-    config, action_dim = make_config(args.size, **config_flags(args)), int(getattr(action_space, "n", 0)) or action_space.shape[0]
+            return state["result"]
+    obs_space, action_space = probe_env(args, config)
     device = choose_device(args)
-    specs = Replay.specs(obs_space, action_dim, config)
-    store = device if args.replay_cuda else torch.device("cpu")
+    N, T, discrete = args.num_envs, args.batch_length, isinstance(action_space, gym.spaces.Discrete)
+    A = int(action_space.n) if discrete else action_space.shape[0]
+    specs, store = Replay.specs(obs_space, A, config), device if args.replay_cuda else torch.device("cpu")
     capacity = -(-min(args.buffer_size, int(1.05 * args.total_timesteps) + N * (T + 1)) // N)  # rows per environment
     size, free = N * capacity * Replay.row_bytes(specs) / 1e9, free_memory(store) / 1e9
     if size > free:
-        fail(f"replay needs {size:.1f} GB, {free:.1f} GB free on {store}: lower --buffer-size")
+        fail(f"replay needs {size:.1f} GB, {free:.1f} GB free on {store}: lower --buffer-size, now {args.buffer_size}")
 
     run = args.resume or new_run_dir(args)
-    lock = lock if args.resume else lock_run(run)  # held until the process ends
-    with open(os.path.join(run, "args.json"), "w", encoding="utf-8") as f:
-        versions = dict(python=sys.version.split()[0], torch=torch.__version__, gymnasium=gym.__version__, numpy=np.__version__)
-        versions |= dict(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
-        json.dump({"script": "dreamerv3", "command": sys.argv, "versions": versions, "args": asdict(args) | {"resume": None}}, f, indent=1)
-    if not args.resume:
-        with open(__file__, encoding="utf-8") as source, open(os.path.join(run, "dreamerv3.py"), "w", encoding="utf-8") as f:
-            f.write(source.read())
-    logger = Logger(run, args, purge_step=state["global_step"] + 1 if state else None)
+    lock = lock if args.resume else lock_run(run)  # noqa: F841 (held until the process ends)
     seed_everything(args, device)
+    write_run_info(run, args, __file__, device)
+    logger = Logger(run, args, purge_step=state["global_step"] + 1 if state else None)
     stop = StopSignal()
-
     envs = make_envs(args, N)
     with torch.device(device):
         model = Dreamer(obs_space, action_space, config)
-    learner = Learner(model, args, device)
-    replay = Replay(capacity, N, specs, T, store, args.seed)
+    learner, replay = Learner(model, args, device), Replay(capacity, N, specs, T, store, args.seed)
     ratio = Ratio(args.train_ratio / (args.batch_size * T))  # updates per agent step
-    parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in ("enc", "dyn", "dec", "rew", "con", "pol", "val"))
+    parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in "enc dyn dec rew con pol val".split())
     say(f"run: {run}\nparameters: {count_params(model):,} ({parts})")
     say(f"replay: {N} x {capacity:,} rows, {size:.2f} GB on {store}; {1 / ratio.ratio:g} agent steps per update")
     global_step = updates = 0
@@ -2067,17 +2221,17 @@ def main(args):
         learner.load_state_dict(state["learner"])
         if state["replay"]:
             replay.load_state_dict(state["replay"])
+            ratio.previous = state["ratio_previous"]
         else:
             say("warning: this run was saved without its replay (--no-save-replay): it is collected anew")
         global_step, updates, random_return = state["global_step"], state["updates"], state["random_return"]
-        ratio.previous = state["ratio_previous"] if state["replay"] else None
         recent.extend(state["recent"])
         for env, episode in zip(envs.envs, state["episodes"], strict=True):
             env.env.episode = episode
         set_rng_state(state["rng"])
         say(f"resumed at step {global_step} of {args.total_timesteps}, update {updates}")
     else:
-        returns = play_episodes(args, random_policy(action_space, args.seed), args.eval_episodes, key=2)
+        returns = play_episodes(args, random_policy(action_space, args.seed), args.eval_episodes, 2)
         random_return = float(np.mean(returns))
         say(f"random policy: {random_return:.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
     # [optional: compile
@@ -2090,43 +2244,43 @@ def main(args):
         if replay.sequences().sum():  # a few stretches of real experience for dreams to start from
             rows, _ = replay.gather(replay.uniform(8, np.random.default_rng(0)))
             context = {k: v.cpu() for k, v in rows.items() if k.startswith("obs/") or k in ("action", "is_first")}
-        plain = dict(script="dreamerv3", args=asdict(args), config=config, learner=learner.state_dict(), context=context, result=result)
-        plain["spaces"] = {"observation": space_to(obs_space), "action": space_to(action_space)}
+        spaces = {"observation": space_to(obs_space), "action": space_to(action_space)}
+        plain = dict(
+            script="dreamerv3", args=asdict(args), config=config, spaces=spaces, context=context, result=result
+        )
         plain |= dict(global_step=global_step, updates=updates, random_return=random_return, recent=list(recent))
         plain |= dict(ratio_previous=ratio.previous, episodes=[e.env.episode for e in envs.envs], rng=rng_state())
-        plain["replay"] = replay.state_dict() if args.save_replay else None
+        plain |= dict(learner=learner.state_dict(), replay=replay.state_dict() if args.save_replay else None)
         atomic_save(plain, os.path.join(run, "ckpt.pt"))
 
     def last_rows(obs, reward, terminal):
         """Rows that end an episode: the action is masked, the latents are never read (a reset follows)."""
         n = len(reward)
-        blank = dict(action=torch.zeros(n, action_dim), deter=torch.zeros(n, config["deter"]), stoch=torch.zeros(n, config["stoch"]))
-        flags = dict(is_first=np.zeros(n, bool), is_last=np.ones(n, bool), is_terminal=terminal)
-        return {f"obs/{k}": v for k, v in obs.items()} | blank | flags | {"reward": reward}
+        rows = dict(action=torch.zeros(n, A), deter=torch.zeros(n, config["deter"]), stoch=torch.zeros(n, args.stoch))
+        rows |= dict(reward=reward, is_first=np.zeros(n, bool), is_last=np.ones(n, bool), is_terminal=terminal)
+        return rows | {f"obs/{k}": v for k, v in obs.items()}
 
     def fresh():
         """Start new episodes everywhere: observations, is_first, rewards, recurrent state and previous action."""
-        return envs.reset()[0], np.ones(N, bool), np.zeros(N), (*model.dyn.initial(N, device), torch.zeros(N, action_dim, device=device))
+        return envs.reset()[0], np.ones(N, bool), np.zeros(N), (*model.dyn.initial(N, device), blank_action)
 
-    everyone, discrete, metrics = np.arange(N), model.pol.discrete, {}
-    start_time, start_step, start_updates, update_seconds = time.time(), global_step, updates, 0.0
-    log_time, log_step, log_updates = start_time, global_step, updates
-    clock = time.process_time if device.type == "cpu" else time.time
+    everyone, nowhere, blank_action, metrics = np.arange(N), np.zeros(N, bool), torch.zeros(N, A, device=device), {}
+    start = time.time(), global_step, updates
+    mark, update_seconds, clock = start, 0.0, time.process_time if device.type == "cpu" else time.time
     try:
         obs, is_first, reward, carry = fresh()
         while global_step < args.total_timesteps:
-            # Act: filter the observation into the latent state, sample an action, and store both with what came before.
+            # Act: filter the observation into the latent state, sample an action; store both with what came before.
             carry = model.act(to_torch(obs, device), torch.as_tensor(is_first, device=device), *carry)
-            rows = {f"obs/{k}": v for k, v in obs.items()} | {"reward": reward, "is_first": is_first}
-            rows |= dict.fromkeys(("is_last", "is_terminal"), np.zeros(N, bool))
-            rows |= {"deter": carry[0], "stoch": carry[1].argmax(-1), "action": carry[2]}
-            replay.add(everyone, rows)
+            rows = dict(reward=reward, is_first=is_first, is_last=nowhere, is_terminal=nowhere)
+            rows |= dict(deter=carry[0], stoch=carry[1].argmax(-1), action=carry[2])
+            replay.add(everyone, rows | {f"obs/{k}": v for k, v in obs.items()})
             obs, reward, terminated, truncated, infos = envs.step(env_actions(carry[2], discrete))
             global_step += N
-            done = terminated | truncated
-            if done.any():
-                # NOTE: the last observation of an episode is a row of its own; only `terminated` makes it terminal.
-                ended, final = np.flatnonzero(done), infos["final_obs"]
+            is_first = terminated | truncated
+            if is_first.any():
+                # NOTE: an episode's last observation is a row of its own; only `terminated` makes it terminal.
+                ended, final = np.flatnonzero(is_first), infos["final_obs"]
                 last = {k: np.stack([final[i][k] for i in ended]) for k in obs}
                 replay.add(ended, last_rows(last, reward[ended], terminated[ended]))
                 episodes = infos["final_info"]["episode"]
@@ -2134,88 +2288,85 @@ def main(args):
                     recent.append(float(episodes["r"][i]))
                     tags = {"charts/episodic_return": recent[-1], "charts/episodic_length": int(episodes["l"][i])}
                     logger.scalars(tags, global_step)
-            is_first, reward = done, np.where(done, 0.0, reward)
+            reward = np.where(is_first, 0.0, reward)
 
             # Learn: one update per B*T/train_ratio agent steps.
-            due = ratio(global_step) if global_step >= args.learning_starts and replay.sequences().sum() else 0
             began = clock()
+            due = ratio(global_step) if global_step >= args.learning_starts and replay.sequences().sum() else 0
             for k in range(due):
                 batch, ids = replay.sample(args.batch_size)
-                metrics, deter, stoch = learner.update({k: v.to(device, non_blocking=True) for k, v in batch.items()})
+                metrics, deter, stoch = learner.update(to_torch(batch, device))
                 replay.write_back(ids, deter, stoch)
                 updates += 1
-                if device.type == "cpu":  # on a GPU this would wait for the device: there it happens when metrics are read
+                if device.type == "cpu":  # on a GPU this would wait for the device: there, when metrics are read
                     learner.check()
                 if stop.signum:
                     ratio.previous -= (due - k - 1) / ratio.ratio  # what was not done yet stays due
                     break
             update_seconds += clock() - began
 
-            def passed(every, step=global_step):
-                return every and step // every > (step - N) // every
-
             ending = stop.signum or global_step >= args.total_timesteps
-            if passed(args.log_every) or ending:
+            if passed(args.log_every, global_step, N) or ending:
                 learner.check()
-                now = time.time()
-                speed = {"charts/SPS": (global_step - log_step) / (now - log_time), "charts/updates": updates}
-                speed["charts/updates_per_s"] = (updates - log_updates) / (now - log_time)
+                seconds, steps, count = (a - b for a, b in zip((time.time(), global_step, updates), mark, strict=True))
+                mark = time.time(), global_step, updates
                 repeat = args.action_repeat or (4 if args.env_id.startswith("ALE/") else 1)
-                values = {f"losses/{k}": float(v) for k, v in metrics.items() if k != "learning_rate"}
-                values |= {"charts/learning_rate": float(metrics["learning_rate"])} if metrics else {}
-                logger.scalars(speed | values | {"charts/env_frames": global_step * repeat}, global_step)
+                tags = {"SPS": steps / seconds, "updates_per_s": count / seconds, "updates": updates}
+                tags = {f"charts/{k}": v for k, v in (tags | {"env_frames": global_step * repeat}).items()}
+                tags |= {("charts/" if k == "learning_rate" else "losses/") + k: float(v) for k, v in metrics.items()}
+                logger.scalars(tags, global_step)
                 shown = f"{np.mean(list(recent)[-10:]):.1f}" if recent else "none yet"
-                say(f"global_step={global_step}, episodic_return={shown}, updates={updates}, SPS={speed['charts/SPS']:.0f}")
-                log_time, log_step, log_updates = now, global_step, updates
-            if passed(args.report_every) and not stop.signum:
-                clips = record_clips(args, agent_policy(model, device), action_space, 4, 48, key=1000 + global_step, skip=30)
-                errors, shown = open_loop(model, {k: v.to(device) for k, v in clips.items()}, context=16)
-                logger.scalars({f"eval/{k}": v for k, v in errors.items()}, global_step)
-                truth = {k: clips[f"obs/{k}"].numpy() for k in obs}
-                path = os.path.join(run, "videos", f"open_loop-{global_step}.gif")
-                logger.video("eval/open_loop", dream_frames(truth, shown, 16), global_step, path)
-            if passed(args.save_every) or ending:
-                # NOTE: unfinished episodes end here as truncated ones, in the unbroken run too: so a resumed run repeats it.
+                pace = f"updates={updates}, SPS={tags['charts/SPS']:.0f}"
+                say(f"global_step={global_step}, episodic_return={shown}, {pace}")
+            if passed(args.report_every, global_step, N) and not stop.signum:
+                report(args, model, run, global_step, action_space, device, logger)
+            if passed(args.save_every, global_step, N) or ending:
                 learner.check()
+                # NOTE: unfinished episodes end here as truncated ones, with or without an interruption: that is what
+                # makes a resumed run repeat the unbroken one.
                 cut = np.flatnonzero(~is_first)
-                if len(cut):
-                    replay.add(cut, last_rows({k: v[cut] for k, v in obs.items()}, reward[cut], np.zeros(len(cut), bool)))
+                replay.add(cut, last_rows({k: v[cut] for k, v in obs.items()}, reward[cut], nowhere[cut]))
                 save()
                 if stop.signum:
                     logger.close()
-                    say(f"stopped by signal {stop.signum} at step {global_step}; go on with: python {sys.argv[0]} --resume {run}")
+                    say(
+                        f"stopped by signal {stop.signum} at step {global_step}; to go on: {sys.argv[0]} --resume {run}"
+                    )
                     raise SystemExit(128 + stop.signum)
                 obs, is_first, reward, carry = fresh()
     except EnvFault as e:
         traceback.print_exc()
-        sys.stdout.flush()
         raise SystemExit(f"{e}; the last checkpoint is untouched") from None
     except FloatingPointError as e:
-        last = "ckpt.pt" if os.path.exists(os.path.join(run, "ckpt.pt")) else "none yet"
-        raise SystemExit(f"not finite at step {global_step}, update {updates}: {e}; no step was taken; last good checkpoint: {last}") from None
+        good = "ckpt.pt" if os.path.exists(os.path.join(run, "ckpt.pt")) else "none yet"
+        where = f"step {global_step}, update {updates}"
+        raise SystemExit(
+            f"not finite at {where}: {e}; no optimizer step was taken; last good checkpoint: {good}"
+        ) from None
     except torch.cuda.OutOfMemoryError:
-        shape = f"batch {args.batch_size} x {T}"
-        raise SystemExit(f"out of GPU memory at step {global_step} ({shape}): lower --batch-size or --batch-length") from None
+        batch = f"batch {args.batch_size} x {T}"
+        hint = "lower --batch-size or --batch-length"
+        raise SystemExit(f"out of GPU memory at step {global_step} ({batch}): {hint}") from None
     finally:
         envs.close()
 
-    hours, n = (time.time() - start_time) / 3600, max(1, updates - start_updates)
-    unit = "CPU seconds" if device.type == "cpu" else "seconds"
-    say(f"{hours * 60:.1f} minutes, {(global_step - start_step) / hours / 3600:.0f} agent steps/s, {n / hours / 3600:.2f} updates/s, "
-        f"{update_seconds / n:.4f} {unit} per update")
+    seconds, steps, count = (a - b for a, b in zip((time.time(), global_step, updates), start, strict=True))
+    pace = f"{steps / seconds:.0f} agent steps/s, {count / seconds:.2f} updates/s, {update_seconds / max(1, count):.4f}"
+    say(f"{seconds / 60:.1f} minutes, {pace} {'CPU ' if device.type == 'cpu' else ''}seconds per update")
     video = os.path.join(run, "videos", "episode.gif") if args.capture_video else None
-    returns = play_episodes(args, agent_policy(model, device, args.eval_greedy), args.eval_episodes, key=1, video=video)
+    returns = play_episodes(args, agent_policy(model, device, args.eval_greedy), args.eval_episodes, 1, video)
     score, std = float(np.mean(returns)), float(np.std(returns))
     logger.scalars({"eval/episodic_return": score, "eval/episodic_return_std": std}, global_step)
-    result = dict(episodic_return=score, episodic_return_std=std, random_return=random_return, returns=returns, hours=hours)
-    result |= dict(global_step=global_step, updates=updates, train_return=float(np.mean(list(recent)[-10:])) if recent else None, run=run)
+    logger.close()
+    result = dict(episodic_return=score, episodic_return_std=std, returns=returns, random_return=random_return)
+    result |= dict(global_step=global_step, updates=updates, minutes=seconds / 60, run=run)
+    result |= dict(train_return=float(np.mean(list(recent)[-10:])) if recent else None)
     save(result)
     with open(os.path.join(run, "result.json"), "w", encoding="utf-8") as f:
         json.dump(result, f, indent=1)
-    logger.close()
     finish(args, score, random_return)
     return result
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__.split("\n\nMeasured")[0]))
+    main(parse_args(Args, PRESETS, __doc__.split("\n\n    python")[0]))

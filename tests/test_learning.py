@@ -1,0 +1,110 @@
+"""Learning, through the real command line: every script on its CPU presets, each run in its own process with one
+thread.
+
+A new script adds its runs to RUNS. A threshold is set only after other seeds were seen to pass it; their numbers stand
+beside it.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# name: (script, flags, least mean return of the last training episodes, most a random policy may have)
+RUNS = {
+    "dreamerv3-cartpole": ("dreamerv3", ["--preset", "cpu"], 150.0, 50.0),
+    "dreamerv3-minatar": ("dreamerv3", ["--preset", "cpu_pixels"], 1.5, 1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Starts all runs, as many at a time as there are cores, and gives (exit code, output, run directory) by name."""
+    waiting, running, done = list(RUNS), {}, {}
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            name = waiting.pop(0)
+            script, flags, _, _ = RUNS[name]
+            home = tmp_path_factory.mktemp(name)
+            with open(home / "out.txt", "w") as out:
+                command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--no-cuda"]
+                env = os.environ | {"OMP_NUM_THREADS": "1"}
+                running[name] = home, subprocess.Popen(command, cwd=home, stdout=out, stderr=subprocess.STDOUT, env=env)
+        name = next(iter(running))
+        home, process = running.pop(name)
+        code = process.wait(timeout=2400)
+        done[name] = code, (home / "out.txt").read_text(), next((home / "runs").iterdir())
+    return done
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("name", RUNS)
+def test_return_is_far_above_random(runs, name):
+    code, output, run = runs[name]
+    assert code == 0, output[-3000:]
+    result = json.loads((run / "result.json").read_text())
+    _, _, least, most_random = RUNS[name]
+    assert result["random_return"] < most_random
+    assert result["train_return"] >= least, output[-3000:]
+    # the final evaluation plays fresh episodes
+    assert result["episodic_return"] >= least, output[-3000:]
+    assert output.rstrip().splitlines()[-1].startswith("episodic_return ")
+    assert list((run / "videos").glob("open_loop-*.gif"))
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("name", [n for n in RUNS if n.startswith("dreamerv3")])
+def test_world_model_beats_the_trivial_predictors_on_fresh_episodes(runs, name):
+    """Posterior reconstruction against the mean frame, one-step prediction from the prior against copying the last
+    frame."""
+    code, output, run = runs[name]
+    assert code == 0, output[-3000:]
+    script = importlib.import_module(RUNS[name][0])
+    torch.manual_seed(0)
+    model, state = script.load_agent(str(run))
+    args = script.Args(**state["args"])
+    policy, space = script.agent_policy(model, "cpu"), script.space_from(state["spaces"]["action"])
+    clips = script.record_clips(args, policy, space, n=8, length=48, key=987_654_321, skip=20)
+    errors, _ = script.open_loop(model, clips, context=16)
+    print(name, {k: float(np.round(v, 5)) for k, v in errors.items()})
+    assert errors["posterior_mse"] < 0.5 * errors["mean_frame_mse"], errors
+    assert errors["one_step_mse"] < 0.8 * errors["copy_previous_mse"], errors
+
+
+def test_evaluate_and_dream_from_a_trained_run(runs):
+    """--evaluate prints the returns and writes only eval-* files; the dream passes gymnasium's checker."""
+    from gymnasium.utils.env_checker import check_env
+
+    code, output, run = runs["dreamerv3-cartpole"]
+    assert code == 0, output[-3000:]
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    command = [sys.executable, str(ROOT / "dreamerv3.py"), "--evaluate", str(run), "--eval-episodes", "4", "--no-cuda"]
+    done = subprocess.run(command, cwd=run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "returns of 4 episodes" in done.stdout
+    after = {p: p.stat().st_mtime_ns for p in run.rglob("*") if not p.name.startswith("eval-")}
+    assert after == {p: t for p, t in before.items() if p in after} and len(after) == len(before)
+    import dreamerv3
+
+    for name in ("dreamerv3-cartpole", "dreamerv3-minatar"):
+        env = dreamerv3.DreamEnv(str(runs[name][2]))
+        check_env(env, skip_render_check=True)
+        obs, _ = env.reset(seed=3)
+        frames = [env.render()]
+        for _ in range(5):
+            obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+            assert np.isfinite(reward) and 0 <= info["continue"] <= 1.1
+            frames.append(env.render())
+        assert frames[0].shape[2] == 3 and frames[0].dtype == np.uint8
+        # the same actions from the same seed dream the same dream, another start or other actions another one
+        a, b = (dreamerv3.DreamEnv(str(runs[name][2])) for _ in range(2))
+        first = [np.asarray(x.reset(seed=5)[0], np.float32) for x in (a, b)]
+        steps = [np.asarray(x.step(0)[0], np.float32) for x in (a, b)]
+        assert (first[0] == first[1]).all() and (steps[0] == steps[1]).all()

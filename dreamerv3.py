@@ -1193,9 +1193,11 @@ class DMControl(gym.Env):
     def __init__(self, name, size):
         from dm_control import suite
 
-        self.domain, self.task = re.fullmatch(r"dm_control/(\w+)-(\w+)-v0", name).groups()
-        self.suite, self.size, self.render_mode, self.env = suite, size, "rgb_array", None
-        self.env = suite.load(self.domain, self.task)
+        match = re.fullmatch(r"dm_control/(\w+)-(\w+)-v0", name)
+        if not match:
+            raise ValueError("wanted dm_control/<domain>-<task>-v0, for example dm_control/walker-walk-v0")
+        self.domain, self.size, self.render_mode = match[1], size, "rgb_array"
+        self.env = suite.load(match[1], match[2])
         shapes = {k: int(np.prod(v.shape)) or 1 for k, v in self.env.observation_spec().items()}
         boxes = {k: gym.spaces.Box(-np.inf, np.inf, (n,), np.float32) for k, n in shapes.items()}
         self.observation_space, spec = gym.spaces.Dict(boxes), self.env.action_spec()
@@ -1269,11 +1271,9 @@ class Pixels(gym.ObservationWrapper):
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
 
     def observation(self, obs):
-        return (
-            draw_minatar(self.unwrapped.game.state(), self.size)
-            if self.minatar
-            else resize(self.env.render(), self.size)
-        )
+        if self.minatar:
+            return draw_minatar(self.unwrapped.game.state(), self.size)
+        return resize(self.env.render(), self.size)
 
 
 class Repeat(gym.Wrapper):
@@ -1315,9 +1315,7 @@ class Adapter(gym.Wrapper):
                 self.kinds[key], out[key] = "vector", gym.spaces.Box(-np.inf, np.inf, (n,), np.float32)
             else:
                 found = f"{s} in a Dict with the keys {sorted(self.source)}" if not self.single else str(s)
-                raise ValueError(
-                    f"observations must be images, vectors of up to 4096 numbers or Discrete, {key!r} is {found}"
-                )
+                raise ValueError(f"wanted images, vectors of up to 4096 numbers or Discrete, {key!r} is {found}")
         self.observation_space, a = gym.spaces.Dict(out), env.action_space
         if isinstance(a, gym.spaces.Discrete):
             self.action_space = gym.spaces.Discrete(a.n)
@@ -1331,9 +1329,8 @@ class Adapter(gym.Wrapper):
         for key, kind in self.kinds.items():
             value, space = np.asarray(obs[key]), self.source[key]
             if value.shape != space.shape or (kind == "image" and value.dtype != np.uint8):
-                raise ValueError(
-                    f"{key!r} is declared {space.dtype} {space.shape}, the environment sent {value.dtype} {value.shape}"
-                )
+                sent = f"{value.dtype} {value.shape}"
+                raise ValueError(f"{key!r} is declared {space.dtype} {space.shape}, the environment sent {sent}")
             if kind == "image":
                 out[key] = resize(value, self.size)
             elif kind == "number":
@@ -1391,7 +1388,7 @@ def make_env(args, index, key=0):
                 if args.env_id not in gym.registry:
                     minatar.gym.register_envs()
                 kwargs |= dict(max_episode_steps=2500) if not args.max_episode_steps else {}  # MinAtar has no limit
-            if (args.pixels or args.capture_video) and family != "MinAtar":
+            if args.pixels and family != "MinAtar":
                 kwargs |= dict(render_mode="rgb_array")
             env = gym.make(args.env_id, **kwargs)
         if family == "ALE":
@@ -1444,10 +1441,8 @@ def agent_policy(model, device, greedy=False):
     """The trained actor, with its recurrent state, as a policy for play_episodes."""
 
     def policy(obs, first, state):
-        state = state or (
-            *model.dyn.initial(len(first), device),
-            torch.zeros(len(first), model.pol.out_dim, device=device),
-        )
+        if state is None:
+            state = *model.dyn.initial(len(first), device), torch.zeros(len(first), model.pol.out_dim, device=device)
         state = model.act(to_torch(obs, device), torch.as_tensor(first, device=device), *state, greedy)
         return env_actions(state[2], model.pol.discrete), state
 
@@ -1477,15 +1472,11 @@ def play_episodes(args, policy, episodes, key, video=None):
 def record_clips(args, policy, action_space, n, length, key, skip=0):
     """n clips of `length` rows from fresh environments under `policy`, after `skip` steps: {name: (n, length, ...)}.
     Rows follow the file's time convention."""
-    envs, rows, state = make_envs(args, n, key), [], None
+    envs, rows, state, discrete = make_envs(args, n, key), [], None, isinstance(action_space, gym.spaces.Discrete)
     (obs, _), first = envs.reset(), np.ones(n, bool)
     for t in range(skip + length):
         actions, state = policy(obs, first, state)
-        stored = (
-            np.eye(action_space.n, dtype=np.float32)[actions]
-            if isinstance(action_space, gym.spaces.Discrete)
-            else actions
-        )
+        stored = np.eye(action_space.n, dtype=np.float32)[actions] if discrete else actions
         if t >= skip:
             rows.append({f"obs/{k}": v for k, v in obs.items()} | {"action": stored, "is_first": first | (t == skip)})
         obs, _, terminated, truncated, _ = envs.step(actions)
@@ -1562,19 +1553,16 @@ def draw(obs, size=96):
 def dream_frames(truth, shown, context):
     """Frames of the open-loop video: truth, model, difference below each other, clips side by side. The border is green
     while the model sees the truth and red while it dreams."""
-    frames = []
-    for t in range(next(iter(shown.values())).shape[1]):
-        columns = []
-        for n in range(min(4, next(iter(shown.values())).shape[0])):
+    (clips, length), frames = next(iter(shown.values())).shape[:2], []
+    for t in range(length):
+        columns, color = [], (0, 180, 0) if t < context else (220, 0, 0)
+        for n in range(min(4, clips)):
             a, b = (draw({k: v[n, t] for k, v in x.items()}) for x in (truth, shown))
-            framed = np.full((len(b) + 6, b.shape[1] + 6, 3), (0, 180, 0) if t < context else (220, 0, 0), np.uint8)
-            framed[3:-3, 3:-3] = b
-            difference = ((b.astype(int) - a) // 2 + 128).astype(np.uint8)
-            columns.append(
-                np.concatenate(
-                    [np.pad(x, ((3, 3), (3, 3), (0, 0))) if x is not framed else x for x in (a, framed, difference)]
-                )
-            )
+            rows = [(a, (0, 0, 0)), (b, color), (((b.astype(int) - a) // 2 + 128).astype(np.uint8), (0, 0, 0))]
+            for i, (image, border) in enumerate(rows):
+                rows[i] = np.full((len(image) + 6, image.shape[1] + 6, 3), border, np.uint8)
+                rows[i][3:-3, 3:-3] = image
+            columns.append(np.concatenate(rows))
         frames.append(np.concatenate(columns, 1))
     return frames
 
@@ -1591,11 +1579,9 @@ def space_to(space):
     """A space of Adapter in plain types."""
     if isinstance(space, gym.spaces.Dict):
         return {k: space_to(s) for k, s in space.items()}
-    return (
-        int(space.n)
-        if isinstance(space, gym.spaces.Discrete)
-        else [list(space.shape), str(space.dtype), float(space.high.flat[0])]
-    )
+    if isinstance(space, gym.spaces.Discrete):
+        return int(space.n)
+    return [list(space.shape), str(space.dtype), float(space.high.flat[0])]
 
 
 def space_from(plain):
@@ -1644,6 +1630,8 @@ class DreamEnv(gym.Env):
             actions = self.one_hot(options["actions"])
             first = torch.zeros(actions.shape[:2], dtype=torch.bool, device=self.device)
         else:
+            if self.context is None:
+                raise ValueError("this checkpoint was saved before any sequence was complete: pass options")
             clip = int(self.np_random.integers(len(self.context["action"])))
             rows = {k: v[clip : clip + 1].to(self.device) for k, v in self.context.items()}
             obs = {k[4:]: v for k, v in rows.items() if k.startswith("obs/")}
@@ -1680,12 +1668,8 @@ def play(args):
     headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     if headless or os.environ.get("SDL_VIDEODRIVER") == "dummy":
         path = os.path.join(args.play, "eval-dream.gif")
-        (obs, _), frames, policy, state = (
-            env.reset(seed=args.seed),
-            [env.render()],
-            agent_policy(env.model, "cpu"),
-            None,
-        )
+        obs, _ = env.reset(seed=args.seed)
+        frames, policy, state = [env.render()], agent_policy(env.model, "cpu"), None
         for t in range(100):
             obs = {"observation": obs} if env.single else obs
             action, state = policy({k: np.asarray(v)[None] for k, v in obs.items()}, np.array([t == 0]), state)

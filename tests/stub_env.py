@@ -5,6 +5,8 @@ an episode. Observations depend on nothing but the reset seed and the step withi
 be compared with a list made by hand: a vector is (t, start, 0), where `start` is drawn from the seed; images and
 numbers encode t."""
 
+import os
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
@@ -45,6 +47,8 @@ class StubEnv(gym.Env):
         nan_at=None,
         nan=("reward", "nan"),  # what becomes what
         shape_change_at=None,
+        signal_at=None,
+        signum=15,  # sent to this process
         wrong_dtype=False,  # images are declared uint8 and sent as float
         only=None,  # faults hit only this instance (0 is the first one made)
         render_mode=None,
@@ -54,10 +58,9 @@ class StubEnv(gym.Env):
         self.instance, self.steps, self.episode, self.t, self.start = StubEnv.made, 0, -1, 0, 0.0
         StubEnv.made += 1
         faulty = only in (None, self.instance)
-        self.raise_at, self.nan_at, self.shape_change_at = (
-            x if faulty else None for x in (raise_at, nan_at, shape_change_at)
-        )
-        self.nan = nan
+        chosen = (x if faulty else None for x in (raise_at, nan_at, shape_change_at, signal_at))
+        self.raise_at, self.nan_at, self.shape_change_at, self.signal_at = chosen
+        self.nan, self.signum = nan, signum
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -72,6 +75,8 @@ class StubEnv(gym.Env):
         self.log.append((self.instance, self.episode, self.t, action, self.start))
         if self.steps == self.raise_at:
             raise ValueError("boom")
+        if self.steps == self.signal_at:
+            os.kill(os.getpid(), self.signum)
         obs, reward = self.observe(self.observation_space), float(self.t if self.reward == "count" else self.reward)
         if self.steps == self.nan_at and self.nan[0] == "reward":
             reward = float(self.nan[1])

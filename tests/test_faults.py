@@ -1,4 +1,4 @@
-"""Bad inputs and faults: what a script answers, that it answers before it creates anything, and that checkpoints survive.
+"""Bad inputs and faults: what a script answers, that it answers before it creates anything, that checkpoints survive.
 
 A new script adds itself to SCRIPTS; rows whose flags it does not have are skipped. Most rows run in this process
 (milliseconds); real processes are started where signals, kills or the environment of the process matter."""
@@ -730,16 +730,8 @@ def test_35_finished_run_resumed(script, trained):
 
 def test_35_run_killed_in_its_last_evaluation_is_finished_by_resume(script, unbroken):
     """All steps are done but the result is missing: --resume owes it."""
-    kill = """
-import os
-real = mod.play_episodes
-def play(*args, **kwargs):
-    if kwargs["key"] == 1:
-        os.kill(os.getpid(), 9)
-    return real(*args, **kwargs)
-mod.play_episodes = play
-"""
-    process = script.start(*script.tiny, *stub(), prelude=kill)
+    first = script.train_instance + 4  # made after those of training and of the random baseline
+    process = script.start(*script.tiny, *stub(signal_at=2, signum=9, only=first))
     process.communicate(timeout=60)
     run = only_run()
     assert process.returncode == -signal.SIGKILL and load(run)["global_step"] == 96
@@ -980,19 +972,13 @@ def test_46_signal_during_a_checkpoint(script, monkeypatch):
     assert load(only_run())["global_step"] == 64 and "ckpt.pt.tmp" not in os.listdir(only_run())
 
 
-@pytest.mark.parametrize("when", ["baseline", "evaluation"])
-def test_43_signal_outside_the_loop(script, monkeypatch, when):
+@pytest.mark.parametrize("when, step, code", [("baseline", 0, 143), ("evaluation", 96, 143)])
+def test_43_signal_outside_the_loop(script, when, step, code):
     """The random baseline and the final evaluation can take minutes: they are stopped too."""
-    real, key = script.mod.play_episodes, 2 if when == "baseline" else 1
-
-    def play(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM) if kwargs["key"] == key else None
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(script.mod, "play_episodes", play)
-    result = script.run()
-    assert result.code == 143, result.out[-300:]
-    assert "--resume" in result.out.splitlines()[-1]
+    first = script.train_instance + (2 if when == "baseline" else 4)
+    result = script.run(faults=dict(signal_at=2, only=first))
+    assert result.code == code, result.out[-300:]
+    assert "--resume" in result.out.splitlines()[-1] and load(only_run())["global_step"] <= step + 2
 
 
 @pytest.mark.parametrize("kills", [[6], [4, 6]])
@@ -1042,12 +1028,10 @@ def test_50_53_54_environment_faults(script, faults, summary):
 @pytest.mark.parametrize("later", [2, 3])
 def test_50_environment_fails_outside_the_loop(script, later):
     """In the random baseline, whose environments are made after those of training, the summary is as clear."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "excepthook", sys.__excepthook__)
-        try:
-            result = script.run(faults=dict(raise_at=2, only=script.train_instance + later))
-        except Exception as e:  # would have been printed with its traceback
-            pytest.fail(f"ended with a bare {type(e).__name__}: {e}")
+    try:
+        result = script.run(faults=dict(raise_at=2, only=script.train_instance + later))
+    except Exception as e:  # would have been printed with its traceback
+        pytest.fail(f"ended with a bare {type(e).__name__}: {e}")
     assert result.code == 1
     assert result.err.splitlines()[-1].startswith(f"environment {later - 2} failed at step 2: ValueError: boom")
 

@@ -29,6 +29,7 @@ Differences from the paper and the authors' code, each with its reason:
   * Nearest x2 upsampling followed by a 5x5 convolution is computed as one 3x3 convolution (same function, see UpConv).
   * Latents are written back to replay in the same update; the authors' come one update late (asynchronous transfers).
   * `actor_unimix` is 1 % as in the paper; the authors' code has 0 for discrete policies. `--actor-unimix 0` mirrors it.
+  * The default replay holds 2M rows instead of 5M, which no single GPU can hold beside the 200M model.
   * Presets follow the authors' configuration where it differs from the paper's table: see PRESETS.
 
 What the earlier versions did differently. DreamerV1 (2020): 30 Gaussian latents, plain GRU, one KL with 3 free nats,
@@ -198,10 +199,11 @@ class Args:
     """weight of the critic loss on replayed states"""
 
     # ---- Optimization
-    buffer_size: int = 5_000_000
-    """replay capacity in rows, summed over environments; never more is allocated than --total-timesteps can fill"""
+    buffer_size: int = 2_000_000
+    """replay capacity in rows, summed over environments (the paper has 5M, 143 GB at 200M parameters and 64x64 images);
+    never more is allocated than --total-timesteps can fill"""
     replay_cuda: bool = True
-    """keep the replay on the GPU, otherwise in host memory"""
+    """keep the replay on the GPU if it fits there, otherwise in host memory"""
     learning_starts: int = 1024
     """agent steps before the first update"""
     train_ratio: float = 32.0
@@ -1315,7 +1317,8 @@ class Adapter(gym.Wrapper):
                 self.kinds[key], out[key] = "vector", gym.spaces.Box(-np.inf, np.inf, (n,), np.float32)
             else:
                 found = f"{s} in a Dict with the keys {sorted(self.source)}" if not self.single else str(s)
-                raise ValueError(f"wanted images, vectors of up to 4096 numbers or Discrete, {key!r} is {found}")
+                wanted = "images, vectors of up to 4096 numbers or Discrete"
+                raise ValueError(f"observations must be {wanted}, {key!r} is {found}")
         self.observation_space, a = gym.spaces.Dict(out), env.action_space
         if isinstance(a, gym.spaces.Discrete):
             self.action_space = gym.spaces.Discrete(a.n)
@@ -1748,9 +1751,7 @@ def check_ranges(args, ranges):  # shared
     for name, (low, high) in ranges.items():
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         if value is not None and not low <= value <= high:  # NaN fails too
-            fail(
-                f"{flag} must be " + (f"at least {low}" if high == math.inf else f"{low} to {high}") + f", got {value}"
-            )
+            fail(f"{flag} must be {f'at least {low}' if high == math.inf else f'{low} to {high}'}, got {value}")
         if value is not None and not math.isfinite(value):
             fail(f"{flag} must be finite, got {value}")
 
@@ -1814,12 +1815,8 @@ def seed_everything(args, device):  # shared
 def rng_state():  # shared
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-    }
+    host = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    return host | {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state):  # shared
@@ -1845,9 +1842,8 @@ def atomic_save(state, path):  # shared
     except (OSError, RuntimeError) as e:  # disk full, quota, file size limit
         if os.path.exists(temp):
             os.remove(temp)
-        raise SystemExit(
-            f"could not write {path} ({type(e).__name__}: {e}); the previous checkpoint is untouched"
-        ) from None
+        reason = f"({type(e).__name__}: {e})"
+        raise SystemExit(f"could not write {path} {reason}; the previous checkpoint is untouched") from None
 
 
 def load_checkpoint(run, script, device="cpu"):  # shared
@@ -1876,9 +1872,8 @@ def new_run_dir(args):  # shared
     """Create runs/{env_id}__{exp_name}__{seed}__{time}, with a suffix if another run took the name in the same
     second."""
     task = getattr(args, "env_id", None) or getattr(args, "dataset", "data")
-    base = os.path.join(
-        "runs", f"{re.sub(r'[^A-Za-z0-9._-]', '-', task)}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    )
+    task = re.sub(r"[^A-Za-z0-9._-]", "-", task)
+    base = os.path.join("runs", f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}")
     for suffix in ["", *(f"-{i}" for i in range(1, 100))]:
         try:
             os.makedirs(base + suffix)
@@ -1941,8 +1936,9 @@ class StopSignal:  # shared
     def __init__(self):
         self.signum = 0
         for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self)
+            number = getattr(signal, name, None)
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup stays nohup
+                signal.signal(number, self)
 
     def __call__(self, signum, frame):
         self.signum = signum
@@ -1974,32 +1970,25 @@ class CheckedEnv(gym.Wrapper):  # shared
         super().__init__(env)
         self.index, self.count = index, 0
 
-    def guard(self, function, *args, **kwargs):
+    def checked(self, function, **inputs):
         try:
-            return function(*args, **kwargs)
+            obs, *rest = function(**inputs)
         except Exception as e:
             raise EnvFault(f"environment {self.index} failed at step {self.count}: {type(e).__name__}: {e}") from e
+        parts = {f"observation {k!r}": v for k, v in obs.items()} if isinstance(obs, dict) else {"observation": obs}
+        for what, value in (parts | ({"reward": rest[0]} if len(rest) > 1 else {})).items():
+            value = np.asarray(value)
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                bad = value[~np.isfinite(value)].flat[0]
+                raise EnvFault(f"environment {self.index} returned {what} {bad} at step {self.count}")
+        return obs, *rest
 
-    def check(self, what, value):
-        value = np.asarray(value)
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise EnvFault(
-                f"environment {self.index} returned {what} {value[~np.isfinite(value)].flat[0]} at step {self.count}"
-            )
-
-    def reset(self, **kwargs):
-        obs, info = self.guard(self.env.reset, **kwargs)
-        for k, v in obs.items() if isinstance(obs, dict) else [("", obs)]:
-            self.check(f"observation {k}".strip(), v)
-        return obs, info
+    def reset(self, *, seed=None, options=None):
+        return self.checked(self.env.reset, seed=seed, options=options)
 
     def step(self, action):
         self.count += 1
-        obs, reward, terminated, truncated, info = self.guard(self.env.step, action)
-        self.check("reward", reward)
-        for k, v in obs.items() if isinstance(obs, dict) else [("", obs)]:
-            self.check(f"observation {k}".strip(), v)
-        return obs, reward, terminated, truncated, info
+        return self.checked(self.env.step, action=action)
 
 
 class Logger:  # shared
@@ -2013,9 +2002,8 @@ class Logger:  # shared
             import wandb
 
             options = dict(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True)
-            wandb.init(
-                **options, config=vars(args), name=os.path.basename(run), id=os.path.basename(run), resume="allow"
-            )
+            name = os.path.basename(run)
+            wandb.init(**options, config=vars(args), name=name, id=name, resume="allow")
         self.tracker = None
         if args.track == "trackio":
             import trackio
@@ -2050,10 +2038,8 @@ class Logger:  # shared
             from tensorboard.compat.proto.summary_pb2 import Summary
 
             save_gif(frames, path)
-            with open(path, "rb") as f:
-                image = Summary.Image(
-                    height=frames[0].shape[0], width=frames[0].shape[1], colorspace=3, encoded_image_string=f.read()
-                )
+            (height, width, _), gif = frames[0].shape, open(path, "rb").read()
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
             summary = Summary(value=[Summary.Value(tag=tag, image=image)])
             self.attempt(self.writer and self.writer._get_file_writer().add_summary, summary, step)
         except OSError as e:
@@ -2179,11 +2165,14 @@ def main(args):
     device = choose_device(args)
     N, T, discrete = args.num_envs, args.batch_length, isinstance(action_space, gym.spaces.Discrete)
     A = int(action_space.n) if discrete else action_space.shape[0]
-    specs, store = Replay.specs(obs_space, A, config), device if args.replay_cuda else torch.device("cpu")
+    specs = Replay.specs(obs_space, A, config)
     capacity = -(-min(args.buffer_size, int(1.05 * args.total_timesteps) + N * (T + 1)) // N)  # rows per environment
-    size, free = N * capacity * Replay.row_bytes(specs) / 1e9, free_memory(store) / 1e9
+    size = N * capacity * Replay.row_bytes(specs) / 1e9
+    # On the GPU if it fits and leaves a fifth of the memory to the update, else in host memory.
+    store = device if args.replay_cuda and size <= 0.8 * free_memory(device) / 1e9 else torch.device("cpu")
+    free = free_memory(store) / 1e9
     if size > free:
-        fail(f"replay needs {size:.1f} GB, {free:.1f} GB free on {store}: lower --buffer-size, now {args.buffer_size}")
+        fail(f"replay needs {size:.1f} GB, {free:.1f} GB free: lower --buffer-size, now {args.buffer_size}")
 
     run = args.resume or new_run_dir(args)
     lock = lock if args.resume else lock_run(run)  # noqa: F841 (held until the process ends)

@@ -77,9 +77,8 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no-bf16", action="store_true")
     flags = parser.parse_args()
-    print(
-        "| size | observations | parameters | batch | seconds per update | peak GPU memory, GB |\n|---|---|---|---|---|---|"
-    )
+    print("| size | observations | parameters | batch | seconds per update | peak GPU memory, GB |")
+    print("|---|---|---|---|---|---|")
     for size in flags.sizes:
         for kind in flags.kinds:
             args = script.Args(size=size, compile=flags.compile, num_threads=flags.threads, bf16=not flags.no_bf16)

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import warnings
@@ -204,8 +205,9 @@ def clean(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [s for s in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, s)]
     handlers = {s: signal.getsignal(getattr(signal, s)) for s in names}
-    limit, environ = resource.getrlimit(resource.RLIMIT_FSIZE), dict(os.environ)
+    limit, environ, hook = resource.getrlimit(resource.RLIMIT_FSIZE), dict(os.environ), threading.excepthook
     yield
+    threading.excepthook = hook
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     for name, handler in handlers.items():
         signal.signal(getattr(signal, name), handler)
@@ -857,6 +859,7 @@ def test_41_disk_full_leaves_the_run_resumable(script, trained):
     assert script.call("--resume", trained, "--total-timesteps", "128").code == 0
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread is quiet
 def test_42_disk_full_for_events(script, trained):
     # Thousands of scalars and a checkpoint that is smaller than they are.
     limit = int(1.5 * os.path.getsize(os.path.join(trained, "ckpt.pt")))

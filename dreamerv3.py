@@ -15,8 +15,8 @@ imagines. One set of hyperparameters for all domains; only the model size and th
     python dreamerv3.py --env-id ALE/Pong-v5                          # the 200M model at full settings, on a GPU
     python dreamerv3.py --preset cpu                                  # CartPole-v1 on a laptop, minutes
     python dreamerv3.py --preset atari100k --env-id ALE/Boxing-v5     # other presets: see PRESETS
-    python dreamerv3.py --resume runs/NAME                            # go on after an interruption, bit for bit on a
-    CPU python dreamerv3.py --evaluate runs/NAME                          # returns of fresh episodes
+    python dreamerv3.py --resume runs/NAME                            # go on, bit for bit on a CPU
+    python dreamerv3.py --evaluate runs/NAME                          # returns of fresh episodes
     python dreamerv3.py --play runs/NAME                              # play inside the learned world
 
 Measured: see the README's result table; every row has its command, commit, hardware and seeds.
@@ -146,7 +146,7 @@ class Args:
 
     # ---- World model
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"
-    """model size (table 3); the flags below that are None come from it"""
+    """model size (the paper's table of model sizes); the flags below that are None come from it"""
     deter: Optional[int] = None
     """D, units of the recurrent state"""
     hidden: Optional[int] = None
@@ -168,23 +168,23 @@ class Args:
     unimix: float = 0.01
     """share of the uniform distribution in every latent"""
     kl_free: float = 1.0
-    """free nats per time step (eq. 5)"""
+    """free nats per time step (eq. 3)"""
     dyn_scale: float = 1.0
-    """weight of the dynamics loss (eq. 5)"""
+    """weight of the dynamics loss (eq. 2)"""
     rep_scale: float = 0.1
-    """weight of the representation loss (eq. 5)"""
+    """weight of the representation loss (eq. 2)"""
 
     # ---- Behavior
     gamma: float = 1 - 1 / 333
     """discount, learned into the continue head (horizon 333)"""
     return_lambda: float = 0.95
-    """lambda of the returns (eq. 6)"""
+    """lambda of the returns (eq. 5)"""
     imag_horizon: int = 15
     """H, imagined steps"""
     imag_starts: Optional[int] = None
     """replayed states to imagine from, drawn at random (default: all B*T)"""
     ent_coef: float = 3e-4
-    """entropy scale of the actor (eq. 7)"""
+    """entropy scale of the actor (eq. 6)"""
     actor_unimix: float = 0.01
     """share of the uniform distribution in a discrete policy"""
     retnorm_rate: float = 0.01
@@ -289,7 +289,7 @@ RANGES = {
 
 
 def make_config(size="200m", **overrides):
-    """Sizes of the networks (table 3): a dict for `Dreamer`. Overrides that are None are ignored."""
+    """Sizes of the networks: a dict for `Dreamer`. Overrides that are None are ignored."""
     units = {"1m": 64, "12m": 256, "25m": 384, "50m": 512, "100m": 768, "200m": 1024, "400m": 1536}[size]
     # D = 8U and depth = classes = U/16. NOTE: the paper's table prints other numbers for 1M and 12M; these are the
     # code's.
@@ -330,13 +330,14 @@ def two_hot_weights(y, bins):
 
 
 def two_hot(y, bins):
-    """Two-hot encoding (eq. 9) of y (...): (..., n) with weight on the two atoms around y."""
+    """Two-hot encoding (eq. 12) of y (...): (..., n) with weight on the two atoms around y."""
     index, weight = two_hot_weights(y, bins)
     return torch.zeros(*y.shape, len(bins), device=y.device).scatter_add(-1, index, weight)
 
 
 def two_hot_mean(logits, bins):
-    """Expectation of a two-hot head: (..., n) -> (...). `bins` must be antisymmetric, as make_bins returns them."""
+    """Expectation of a two-hot head (eq. 10): (..., n) -> (...). `bins` must be antisymmetric, as make_bins returns
+    them."""
     # NOTE: atoms go up to 4.85e8. Summed from left to right, uniform probabilities give a mean far from 0 in float32
     # and the untrained model dreams of rewards. Pairing +b with -b first makes it exactly 0 (the zero atom of odd n
     # adds nothing).
@@ -345,7 +346,7 @@ def two_hot_mean(logits, bins):
 
 
 def two_hot_loss(logits, y, bins):
-    """Cross entropy between two_hot(y) and the logits (eq. 9): (..., n) and (...) -> (...)."""
+    """Cross entropy between two_hot(y) and the logits (eq. 11): (..., n) and (...) -> (...)."""
     return two_hot_nll(torch.log_softmax(logits.float(), -1), [(y, 1.0)], bins)
 
 
@@ -383,7 +384,7 @@ def kl_categorical(p_logits, q_logits):
 
 
 def kl_loss(post, prior, free=1.0):
-    """Dynamics and representation losses (eq. 5) from logits (B, T, S, C), each (B, T)."""
+    """Dynamics and representation losses (eq. 3) from logits (B, T, S, C), each (B, T)."""
     # NOTE: free nats clip each time step after the sum over groups; clipping the batch mean is another (the V2) loss.
     dyn = kl_categorical(post.detach(), prior).sum(-1).clamp(min=free)  # trains the prior towards the posterior
     rep = kl_categorical(post, prior.detach()).sum(-1).clamp(min=free)  # and, weakly, the posterior towards the prior
@@ -391,7 +392,7 @@ def kl_loss(post, prior, free=1.0):
 
 
 def lambda_return(last, term, rew, val, boot, disc, lam):
-    """Lambda returns (eq. 6): all (B, T) -> (B, T-1). Row t's return starts with the reward of row t+1.
+    """Lambda returns (eq. 5): all (B, T) -> (B, T-1). Row t's return starts with the reward of row t+1.
 
     last: the episode ends at this row, the return bootstraps there; term: it ends for good, nothing follows. Bootstrap
     values come from `boot`; `val` is only checked for its shape."""
@@ -620,7 +621,7 @@ class Encoder(nn.Module):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model (eq. 3): h' = core(h, z, a), prior p(z | h), posterior q(z | h, tokens)."""
+    """Recurrent state-space model (eq. 1): h' = core(h, z, a), prior p(z | h), posterior q(z | h, tokens)."""
 
     def __init__(self, embed, actions, deter=8192, hidden=1024, stoch=32, classes=64, blocks=8, unimix=0.01):
         super().__init__()
@@ -861,11 +862,11 @@ def recon_loss(prediction, target):
         return F.mse_loss(prediction, target.float().div_(255), reduction="none").flatten(2).sum(-1)
     if target.dtype == torch.int64:
         return F.cross_entropy(prediction.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
-    return F.mse_loss(prediction, symlog(target), reduction="none").sum(-1)
+    return F.mse_loss(prediction, symlog(target), reduction="none").sum(-1)  # eq. 8
 
 
 def world_model_loss(model, batch, args):
-    """Eq. 4 and 5 on rows 1..T of a batch of T+1 rows. Returns {name: (B, T)}, h (B, T, D), z (B, T, S, C)."""
+    """Eq. 2 and 3 on rows 1..T of a batch of T+1 rows. Returns {name: (B, T)}, h (B, T, D), z (B, T, S, C)."""
     # NOTE: row 0 is context only: its stored latents start the recurrence, its action leads to row 1. It is not
     # trained on.
     rows = {k: v[:, 1:] for k, v in batch.items()}
@@ -888,14 +889,14 @@ def world_model_loss(model, batch, args):
 
 
 def critic_loss(logits, returns, slow, model, args):
-    """Cross entropy with the returns and, as a regulariser, with the slow critic's mean (eq. 7): (..., K), (...) ->
+    """Cross entropy with the returns and, as a regulariser, with the slow critic's mean (eq. 5): (..., K), (...) ->
     (...)."""
     # NOTE: the slow critic regularises; the targets come from the fast one.
     return two_hot_nll(torch.log_softmax(logits.float(), -1), [(returns, 1.0), (slow, args.slow_reg)], model.bins)
 
 
 def behavior_loss(model, norm, batch, h, z, args):
-    """Eq. 6 and 7: actor and critic on imagined rollouts, critic on replayed states. Returns {name: (H, N) or (B,
+    """Eq. 4 to 7: actor and critic on imagined rollouts, critic on replayed states. Returns {name: (H, N) or (B,
     T-1)}."""
     B, T = h.shape[:2]
     pick = slice(None) if args.imag_starts is None else torch.rand(B * T, device=h.device).argsort()[: args.imag_starts]
@@ -957,7 +958,7 @@ class Learner:
             losses, h, z = world_model_loss(self.model, batch, self.args)
             more, stats = behavior_loss(self.model, self.norm, batch, h, z, self.args)
         losses = {k: v.float().mean() for k, v in (losses | more).items()}
-        loss = sum(self.scales.get(k, 1.0) * v for k, v in losses.items())  # eq. 4 + 6 + 7: one sum, one backward
+        loss = sum(self.scales.get(k, 1.0) * v for k, v in losses.items())  # eq. 2, 5, 6: one sum, one backward
         self.opt.zero_grad()
         loss.backward()
         norms = agc_([p.grad for p in self.params], self.params, self.args.agc_clip)

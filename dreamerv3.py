@@ -57,10 +57,12 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -259,9 +261,11 @@ PRESETS = {
     ),
     "dmc_proprio": dict(
         env_id="dm_control/walker-walk-v0", size="1m", total_timesteps=1_000_000, train_ratio=1024, action_repeat=1,
+        buffer_size=1_050_000,
     ),
     "dmc_vision": dict(
         env_id="dm_control/walker-walk-v0", pixels=True, total_timesteps=1_000_000, train_ratio=256, action_repeat=1,
+        buffer_size=1_050_000,
     ),
     "crafter": dict(env_id="Crafter-v1", total_timesteps=1_000_000, num_envs=1, train_ratio=512),
 }
@@ -976,10 +980,11 @@ class Learner:
         )
         return metrics, h.detach().to(torch.bfloat16), z.detach().argmax(-1).to(torch.uint8)
 
-    def check(self):
+    def check(self, where=""):
         """Raise FloatingPointError naming what was not finite. Waits for the device."""
         if self.bad is not None and self.bad.any():
-            raise FloatingPointError(", ".join(n for n, b in zip(self.names, self.bad.tolist(), strict=True) if b))
+            names = ", ".join(n for n, b in zip(self.names, self.bad.tolist(), strict=True) if b)
+            raise FloatingPointError(f"not finite at {where}: {names}; no optimizer step was taken")
 
     def state_dict(self):
         return {"model": self.model.state_dict(), "optimizer": self.opt.state_dict(), "return_range": self.norm.range}
@@ -1119,6 +1124,8 @@ class Replay:
         }
 
     def load_state_dict(self, state):
+        # NOTE: a resumed run may have a larger capacity only if the smaller one had not wrapped yet; then rows keep
+        # places.
         for k, v in state["rows"].items():
             self.data[k][:, : v.shape[1]] = v.to(self.device)
         self.count, self.queue = np.array(state["count"]), deque(state["queue"])
@@ -1276,7 +1283,10 @@ class Pixels(gym.ObservationWrapper):
     def observation(self, obs):
         if self.minatar:
             return draw_minatar(self.unwrapped.game.state(), self.size)
-        return resize(self.env.render(), self.size)
+        image = self.env.render()
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"--pixels needs rgb_array images (H, W, 3) from render(), found {type(image).__name__}")
+        return resize(image, self.size)
 
 
 class Repeat(gym.Wrapper):
@@ -1363,11 +1373,16 @@ class Adapter(gym.Wrapper):
 PACKAGES = {"ALE": ("ale_py", "ale-py"), "MinAtar": ("minatar", "minatar"), "dm_control": ("dm_control", "dm_control")}
 
 
+def env_family(args):
+    """ALE, MinAtar, dm_control, or whatever stands before the slash of an id."""
+    return args.env_id.split(":")[-1].split("/")[0]
+
+
 def make_env(args, index, key=0):
     """A function that builds environment `index`, with every wrapper. Episodes of different keys never share a seed."""
 
     def thunk():
-        family, kwargs = args.env_id.split("/")[0], json.loads(args.env_kwargs)
+        family, kwargs = env_family(args), json.loads(args.env_kwargs)
         if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draw without a display
             os.environ.setdefault("MUJOCO_GL", "egl")
@@ -1453,21 +1468,24 @@ def agent_policy(model, device, greedy=False):
     return policy
 
 
-def play_episodes(args, policy, episodes, key, video=None):
-    """Returns of one episode in each of `episodes` fresh environments; `video`: path for a GIF of the first one."""
-    envs = make_envs(args, episodes, key)
-    (obs, _), state, first = envs.reset(), None, np.ones(episodes, bool)
-    returns, alive, frames = np.zeros(episodes), np.ones(episodes, bool), []
-    for _ in range(args.max_episode_steps or 27_000):  # an environment without a limit ends here
-        if video and alive[0]:
-            frames.append(draw({k: v[0] for k, v in obs.items()}))
-        actions, state = policy(obs, first, state)
-        obs, reward, terminated, truncated, _ = envs.step(actions)
-        returns, first = returns + reward * alive, terminated | truncated
-        alive &= ~first
-        if not alive.any():
-            break
-    envs.close()
+def play_episodes(args, policy, episodes, key, video=None, stop=None):
+    """Returns of one episode in each of `episodes` fresh environments; `video`: path for a GIF of the first one;
+    `stop`: a StopSignal that ends it early."""
+    envs, frames, state, first = make_envs(args, episodes, key), [], None, np.ones(episodes, bool)
+    returns, alive = np.zeros(episodes), np.ones(episodes, bool)
+    try:
+        obs, _ = envs.reset()
+        for _ in range(args.max_episode_steps or 27_000):  # an environment without a limit ends here
+            if video and alive[0]:
+                frames.append(draw({k: v[0] for k, v in obs.items()}))
+            actions, state = policy(obs, first, state)
+            obs, reward, terminated, truncated, _ = envs.step(actions)
+            returns, first = returns + reward * alive, terminated | truncated
+            alive &= ~first
+            if not alive.any() or (stop and stop.signum):
+                break
+    finally:
+        envs.close()
     if video:
         save_gif(frames, video)
     return [float(r) for r in returns]
@@ -1476,16 +1494,19 @@ def play_episodes(args, policy, episodes, key, video=None):
 def record_clips(args, policy, action_space, n, length, key, skip=0):
     """n clips of `length` rows from fresh environments under `policy`, after `skip` steps: {name: (n, length, ...)}.
     Rows follow the file's time convention."""
-    envs, rows, state, discrete = make_envs(args, n, key), [], None, isinstance(action_space, gym.spaces.Discrete)
-    (obs, _), first = envs.reset(), np.ones(n, bool)
-    for t in range(skip + length):
-        actions, state = policy(obs, first, state)
-        stored = np.eye(action_space.n, dtype=np.float32)[actions] if discrete else actions
-        if t >= skip:
-            rows.append({f"obs/{k}": v for k, v in obs.items()} | {"action": stored, "is_first": first | (t == skip)})
-        obs, _, terminated, truncated, _ = envs.step(actions)
-        first = terminated | truncated
-    envs.close()
+    envs, rows, state, first = make_envs(args, n, key), [], None, np.ones(n, bool)
+    try:
+        obs, _ = envs.reset()
+        for t in range(skip + length):
+            actions, state = policy(obs, first, state)
+            stored = np.eye(action_space.n, dtype=np.float32)[actions] if hasattr(action_space, "n") else actions
+            if t >= skip:
+                row = {f"obs/{k}": v for k, v in obs.items()}
+                rows.append(row | {"action": stored, "is_first": first | (t == skip)})
+            obs, _, terminated, truncated, _ = envs.step(actions)
+            first = terminated | truncated
+    finally:
+        envs.close()
     return {k: torch.as_tensor(np.stack([r[k] for r in rows], 1)) for k in rows[0]}
 
 
@@ -1847,8 +1868,23 @@ def atomic_save(state, path):  # shared
         raise SystemExit(f"could not write {path} {reason}; the previous checkpoint is untouched") from None
 
 
-def load_checkpoint(run, script, device="cpu"):  # shared
-    """The newest readable checkpoint of a run directory, plain types only; exit code 2 if there is none."""
+def write_json(data, path):  # shared
+    """Write a JSON file; `path` is the new text or the old one."""
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            json.dump(data, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise SystemExit(f"could not write {path} ({type(e).__name__}: {e})") from None
+
+
+def load_checkpoint(run, script, device="cpu", repair=False):  # shared
+    """The newest readable checkpoint of a run directory, plain types only; exit code 2 if there is none. `repair`:
+    move a damaged ckpt.pt away, else the next save would put it in the place of the good older one."""
     problem = None
     for name in ("ckpt.pt", "ckpt.prev.pt"):
         path = os.path.join(run, name)
@@ -1860,6 +1896,8 @@ def load_checkpoint(run, script, device="cpu"):  # shared
                 fail(f"{path} is not a checkpoint of {script}.py")
             if problem:
                 say(f"warning: {problem}; going on from {path}")
+                if repair:
+                    os.replace(path.replace(".prev.pt", ".pt"), path.replace(".prev.pt", ".damaged.pt"))
             return state
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
             problem = f"{path} is damaged ({type(e).__name__})"
@@ -1900,8 +1938,7 @@ def write_run_info(run, args, script, device):  # shared
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     info = dict(script=os.path.basename(script)[:-3], command=sys.argv, commit=commit or "unknown", hardware=hardware)
     info["versions"] = {m.__name__: m.__version__ for m in (torch, gym, np)} | {"python": platform.python_version()}
-    with open(os.path.join(run, "args.json"), "w", encoding="utf-8") as f:
-        json.dump(info | {"args": asdict(args) | {"resume": None}}, f, indent=1)
+    write_json(info | {"args": asdict(args) | {"resume": None}}, os.path.join(run, "args.json"))
     copy = os.path.join(run, os.path.basename(script))
     if not os.path.exists(copy):
         shutil.copy(script, copy)
@@ -1913,7 +1950,10 @@ def lock_run(run):  # shared
         import fcntl
     except ImportError:  # not on Windows
         return None
-    handle = open(os.path.join(run, "lock"), "a+")
+    try:
+        handle = open(os.path.join(run, "lock"), "a+")
+    except OSError as e:
+        fail(f"cannot write {run}: {e}")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -2013,6 +2053,10 @@ class Logger:  # shared
             trackio.init(project=args.wandb_project_name, name=os.path.basename(run), config=vars(args), resume="allow")
         # track]
         self.writer = SummaryWriter(run, purge_step=purge_step)
+        hook = (
+            threading.excepthook
+        )  # a full disk kills the writer's thread; the next call below reports it, in one line
+        threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else hook(e)
         if purge_step is None:
             table = "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
             self.attempt(self.writer.add_text, "hyperparameters", f"|param|value|\n|-|-|\n{table}")
@@ -2094,7 +2138,7 @@ def check_args(args, config):
 
 def probe_env(args, config):
     """Build the environment once, to find out now whether it can be used: observation space, action space."""
-    family, flag = args.env_id.split("/")[0], f"--env-id {args.env_id}"
+    family, flag = env_family(args), f"--env-id {args.env_id}"
     try:
         env = make_env(args, 0)()
         env.reset()
@@ -2104,7 +2148,12 @@ def probe_env(args, config):
         fail(f"{args.env_id} needs {package}: pip install {package}" if known else f"{flag}: {e}")
     except Exception as e:  # whatever it is, the environment cannot be used: gymnasium's own words, in one line
         cause = e.__cause__ if isinstance(e, EnvFault) and e.__cause__ else e
-        fail(f"{flag}: " + " ".join(str(cause).split() or [type(cause).__name__]))
+        gl = (
+            f" (MUJOCO_GL={os.environ.get('MUJOCO_GL')}; it can be egl, osmesa or glfw)"
+            if family == "dm_control"
+            else ""
+        )
+        fail(f"{flag}: " + " ".join(str(cause).split() or [type(cause).__name__]) + gl)
     images = [k for k, s in env.observation_space.items() if len(s.shape) == 3]
     side, stages = args.image_size, image_stages(args.image_size)
     rest, channels = side % 2 ** len(stages), stages[-1] * config["cnn_depth"]
@@ -2121,16 +2170,21 @@ def probe_env(args, config):
 
 def evaluate_run(args):
     """--evaluate RUN: returns of fresh episodes of a trained agent. Writes only RUN/eval-*."""
+    check_ranges(args, RANGES)
+    state = load_checkpoint(args.evaluate, "dreamerv3")
+    for found, name in zip(probe_env(args, state["config"]), ("observation", "action"), strict=True):
+        if space_to(found) != state["spaces"][name]:
+            trained = space_from(state["spaces"][name])
+            fail(f"--env-id {args.env_id} has the {name} space {found}, {args.evaluate} was trained on {trained}")
     device = choose_device(args)
+    seed_everything(args, device)
     model, state = load_agent(args.evaluate, device)
-    torch.manual_seed(args.seed)
     video = os.path.join(args.evaluate, "eval-episode.gif") if args.capture_video else None
     returns = play_episodes(args, agent_policy(model, device, args.eval_greedy), args.eval_episodes, 1, video)
     score, std, random_return = float(np.mean(returns)), float(np.std(returns)), state["random_return"]
     result = dict(episodic_return=score, std=std, returns=returns, random_return=random_return)
     result |= dict(global_step=state["global_step"], greedy=args.eval_greedy)
-    with open(os.path.join(args.evaluate, f"eval-{state['global_step']}.json"), "w", encoding="utf-8") as f:
-        json.dump(result, f, indent=1)
+    write_json(result, os.path.join(args.evaluate, f"eval-{state['global_step']}.json"))
     say(f"returns of {len(returns)} episodes: " + " ".join(f"{r:g}" for r in returns))
     finish(args, score, random_return, f" +- {std:.1f}")
     return result
@@ -2147,8 +2201,17 @@ def report(args, model, run, step, action_space, device, logger):
 
 
 def main(args):
-    if args.play or args.evaluate:
-        return play(args) if args.play else evaluate_run(args)
+    """Returns the final metrics; raises SystemExit with the exit codes of the README."""
+    try:
+        return play(args) if args.play else evaluate_run(args) if args.evaluate else train(args)
+    except EnvFault as e:
+        traceback.print_exc()
+        raise SystemExit(f"{e}; the last checkpoint is untouched") from None
+    except FloatingPointError as e:
+        raise SystemExit(f"{e}; the last checkpoint, ckpt.pt, is from before it") from None
+
+
+def train(args):
     config = make_config(args.size, **{k: getattr(args, k) for k in SHAPES})
     check_args(args, config)
     state = None
@@ -2157,17 +2220,19 @@ def main(args):
             if name not in CHANGEABLE and getattr(args, name, value) != value:
                 flag = "--" + name.replace("_", "-")
                 fail(f"{flag} is {value} in {args.resume}, got {getattr(args, name)}: a run cannot change it")
-        lock = lock_run(args.resume)
         state = load_checkpoint(args.resume, "dreamerv3")
-        if state["global_step"] >= args.total_timesteps:
+        if state["global_step"] >= args.total_timesteps and state["result"]:
             say(f"nothing to do: step {state['global_step']} of {args.total_timesteps}")
             return state["result"]
+        lock = lock_run(args.resume)
+        state = load_checkpoint(args.resume, "dreamerv3", repair=True)  # nobody else writes from here on
     obs_space, action_space = probe_env(args, config)
     device = choose_device(args)
     N, T, discrete = args.num_envs, args.batch_length, isinstance(action_space, gym.spaces.Discrete)
     A = int(action_space.n) if discrete else action_space.shape[0]
     specs = Replay.specs(obs_space, A, config)
-    capacity = -(-min(args.buffer_size, int(1.05 * args.total_timesteps) + N * (T + 1)) // N)  # rows per environment
+    # Rows per environment. A run can fill two per agent step: an episode's end takes one more.
+    capacity = -(-min(args.buffer_size, 2 * args.total_timesteps + N * (T + 1)) // N)
     size = N * capacity * Replay.row_bytes(specs) / 1e9
     # On the GPU if it fits and leaves a fifth of the memory to the update, else in host memory.
     store = device if args.replay_cuda and size <= 0.8 * free_memory(device) / 1e9 else torch.device("cpu")
@@ -2189,7 +2254,7 @@ def main(args):
     parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in "enc dyn dec rew con pol val".split())
     say(f"run: {run}\nparameters: {count_params(model):,} ({parts})")
     say(f"replay: {N} x {capacity:,} rows, {size:.2f} GB on {store}; {1 / ratio.ratio:g} agent steps per update")
-    global_step = updates = 0
+    global_step, updates, random_return, learning_starts = 0, 0, None, args.learning_starts
     recent = deque(maxlen=100)  # returns of the last training episodes
     if state:
         learner.load_state_dict(state["learner"])
@@ -2198,16 +2263,17 @@ def main(args):
             ratio.previous = state["ratio_previous"]
         else:
             say("warning: this run was saved without its replay (--no-save-replay): it is collected anew")
+            learning_starts += state["global_step"]
         global_step, updates, random_return = state["global_step"], state["updates"], state["random_return"]
         recent.extend(state["recent"])
         for env, episode in zip(envs.envs, state["episodes"], strict=True):
             env.env.episode = episode
         set_rng_state(state["rng"])
         say(f"resumed at step {global_step} of {args.total_timesteps}, update {updates}")
-    else:
-        returns = play_episodes(args, random_policy(action_space, args.seed), args.eval_episodes, 2)
-        random_return = float(np.mean(returns))
-        say(f"random policy: {random_return:.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
+    if random_return is None:
+        returns = play_episodes(args, random_policy(action_space, args.seed), args.eval_episodes, 2, stop=stop)
+        random_return = None if stop.signum else float(np.mean(returns))
+        say(f"random policy: {np.mean(returns):.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
     # [optional: compile
     if args.compile:
         compile_model(model, learner)
@@ -2219,10 +2285,10 @@ def main(args):
             rows, _ = replay.gather(replay.uniform(8, np.random.default_rng(0)))
             context = {k: v.cpu() for k, v in rows.items() if k.startswith("obs/") or k in ("action", "is_first")}
         spaces = {"observation": space_to(obs_space), "action": space_to(action_space)}
-        plain = dict(
-            script="dreamerv3", args=asdict(args), config=config, spaces=spaces, context=context, result=result
+        plain = dict(script="dreamerv3", args=asdict(args), config=config, spaces=spaces, context=context)
+        plain |= dict(
+            result=result, global_step=global_step, updates=updates, random_return=random_return, recent=list(recent)
         )
-        plain |= dict(global_step=global_step, updates=updates, random_return=random_return, recent=list(recent))
         plain |= dict(ratio_previous=ratio.previous, episodes=[e.env.episode for e in envs.envs], rng=rng_state())
         plain |= dict(learner=learner.state_dict(), replay=replay.state_dict() if args.save_replay else None)
         atomic_save(plain, os.path.join(run, "ckpt.pt"))
@@ -2234,6 +2300,13 @@ def main(args):
         rows |= dict(reward=reward, is_first=np.zeros(n, bool), is_last=np.ones(n, bool), is_terminal=terminal)
         return rows | {f"obs/{k}": v for k, v in obs.items()}
 
+    def stopped():
+        """Leave after a stop signal, when the checkpoint is written."""
+        logger.close()
+        again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)}"
+        say(f"stopped by signal {stop.signum} at step {global_step}; to go on: {again}")
+        raise SystemExit(128 + stop.signum)
+
     def fresh():
         """Start new episodes everywhere: observations, is_first, rewards, recurrent state and previous action."""
         return envs.reset()[0], np.ones(N, bool), np.zeros(N), (*model.dyn.initial(N, device), blank_action)
@@ -2241,94 +2314,81 @@ def main(args):
     everyone, nowhere, blank_action, metrics = np.arange(N), np.zeros(N, bool), torch.zeros(N, A, device=device), {}
     start = time.time(), global_step, updates
     mark, update_seconds, clock = start, 0.0, time.process_time if device.type == "cpu" else time.time
-    try:
-        obs, is_first, reward, carry = fresh()
-        while global_step < args.total_timesteps:
-            # Act: filter the observation into the latent state, sample an action; store both with what came before.
-            carry = model.act(to_torch(obs, device), torch.as_tensor(is_first, device=device), *carry)
-            rows = dict(reward=reward, is_first=is_first, is_last=nowhere, is_terminal=nowhere)
-            rows |= dict(deter=carry[0], stoch=carry[1].argmax(-1), action=carry[2])
-            replay.add(everyone, rows | {f"obs/{k}": v for k, v in obs.items()})
-            obs, reward, terminated, truncated, infos = envs.step(env_actions(carry[2], discrete))
-            global_step += N
-            is_first = terminated | truncated
-            if is_first.any():
-                # NOTE: an episode's last observation is a row of its own; only `terminated` makes it terminal.
-                ended, final = np.flatnonzero(is_first), infos["final_obs"]
-                last = {k: np.stack([final[i][k] for i in ended]) for k in obs}
-                replay.add(ended, last_rows(last, reward[ended], terminated[ended]))
-                episodes = infos["final_info"]["episode"]
-                for i in ended:
-                    recent.append(float(episodes["r"][i]))
-                    tags = {"charts/episodic_return": recent[-1], "charts/episodic_length": int(episodes["l"][i])}
-                    logger.scalars(tags, global_step)
-            reward = np.where(is_first, 0.0, reward)
-
-            # Learn: one update per B*T/train_ratio agent steps.
-            began = clock()
-            due = ratio(global_step) if global_step >= args.learning_starts and replay.sequences().sum() else 0
-            for k in range(due):
-                batch, ids = replay.sample(args.batch_size)
-                metrics, deter, stoch = learner.update(to_torch(batch, device))
-                replay.write_back(ids, deter, stoch)
-                updates += 1
-                if device.type == "cpu":  # on a GPU this would wait for the device: there, when metrics are read
-                    learner.check()
-                if stop.signum:
-                    ratio.previous -= (due - k - 1) / ratio.ratio  # what was not done yet stays due
-                    break
-            update_seconds += clock() - began
-
-            ending = stop.signum or global_step >= args.total_timesteps
-            if passed(args.log_every, global_step, N) or ending:
-                learner.check()
-                seconds, steps, count = (a - b for a, b in zip((time.time(), global_step, updates), mark, strict=True))
-                mark = time.time(), global_step, updates
-                repeat = args.action_repeat or (4 if args.env_id.startswith("ALE/") else 1)
-                tags = {"SPS": steps / seconds, "updates_per_s": count / seconds, "updates": updates}
-                tags = {f"charts/{k}": v for k, v in (tags | {"env_frames": global_step * repeat}).items()}
-                tags |= {("charts/" if k == "learning_rate" else "losses/") + k: float(v) for k, v in metrics.items()}
+    obs, is_first, reward, carry = fresh()
+    while global_step < args.total_timesteps:
+        # Act: filter the observation into the latent state, sample an action; store both with what came before.
+        carry = model.act(to_torch(obs, device), torch.as_tensor(is_first, device=device), *carry)
+        rows = dict(reward=reward, is_first=is_first, is_last=nowhere, is_terminal=nowhere)
+        rows |= dict(deter=carry[0], stoch=carry[1].argmax(-1), action=carry[2])
+        replay.add(everyone, rows | {f"obs/{k}": v for k, v in obs.items()})
+        obs, reward, terminated, truncated, infos = envs.step(env_actions(carry[2], discrete))
+        global_step += N
+        is_first = terminated | truncated
+        if is_first.any():
+            # NOTE: an episode's last observation is a row of its own; only `terminated` makes it terminal.
+            ended, final = np.flatnonzero(is_first), infos["final_obs"]
+            last = {k: np.stack([final[i][k] for i in ended]) for k in obs}
+            replay.add(ended, last_rows(last, reward[ended], terminated[ended]))
+            episodes = infos["final_info"]["episode"]
+            for i in ended:
+                recent.append(float(episodes["r"][i]))
+                tags = {"charts/episodic_return": recent[-1], "charts/episodic_length": int(episodes["l"][i])}
                 logger.scalars(tags, global_step)
-                shown = f"{np.mean(list(recent)[-10:]):.1f}" if recent else "none yet"
-                pace = f"updates={updates}, SPS={tags['charts/SPS']:.0f}"
-                say(f"global_step={global_step}, episodic_return={shown}, {pace}")
-            if passed(args.report_every, global_step, N) and not stop.signum:
-                report(args, model, run, global_step, action_space, device, logger)
-            if passed(args.save_every, global_step, N) or ending:
-                learner.check()
-                # NOTE: unfinished episodes end here as truncated ones, with or without an interruption: that is what
-                # makes a resumed run repeat the unbroken one.
-                cut = np.flatnonzero(~is_first)
-                replay.add(cut, last_rows({k: v[cut] for k, v in obs.items()}, reward[cut], nowhere[cut]))
-                save()
-                if stop.signum:
-                    logger.close()
-                    say(
-                        f"stopped by signal {stop.signum} at step {global_step}; to go on: {sys.argv[0]} --resume {run}"
-                    )
-                    raise SystemExit(128 + stop.signum)
-                obs, is_first, reward, carry = fresh()
-    except EnvFault as e:
-        traceback.print_exc()
-        raise SystemExit(f"{e}; the last checkpoint is untouched") from None
-    except FloatingPointError as e:
-        good = "ckpt.pt" if os.path.exists(os.path.join(run, "ckpt.pt")) else "none yet"
-        where = f"step {global_step}, update {updates}"
-        raise SystemExit(
-            f"not finite at {where}: {e}; no optimizer step was taken; last good checkpoint: {good}"
-        ) from None
-    except torch.cuda.OutOfMemoryError:
-        batch = f"batch {args.batch_size} x {T}"
-        hint = "lower --batch-size or --batch-length"
-        raise SystemExit(f"out of GPU memory at step {global_step} ({batch}): {hint}") from None
-    finally:
-        envs.close()
+        reward = np.where(is_first, 0.0, reward)
 
-    seconds, steps, count = (a - b for a, b in zip((time.time(), global_step, updates), start, strict=True))
+        # Learn: one update per B*T/train_ratio agent steps.
+        began = clock()
+        due = ratio(global_step) if global_step >= learning_starts and replay.sequences().sum() else 0
+        for k in range(due):
+            batch, ids = replay.sample(args.batch_size)
+            try:
+                metrics, deter, stoch = learner.update(to_torch(batch, device))
+            except torch.cuda.OutOfMemoryError:
+                where, hint = f"step {global_step} (batch {args.batch_size} x {T})", "--batch-size or --batch-length"
+                raise SystemExit(f"out of GPU memory at {where}: lower {hint}") from None
+            replay.write_back(ids, deter, stoch)
+            updates += 1
+            if device.type == "cpu":  # on a GPU this would wait for the device: there, when metrics are read
+                learner.check(f"step {global_step}, update {updates}")
+            if stop.signum:
+                ratio.previous -= (due - k - 1) / ratio.ratio  # what was not done yet stays due
+                break
+        update_seconds += clock() - began
+
+        ending = stop.signum or global_step >= args.total_timesteps
+        if passed(args.log_every, global_step, N) or ending:
+            learner.check(f"step {global_step}, update {updates}")
+            seconds, steps, count = (a - b for a, b in zip((time.time(), global_step, updates), mark, strict=True))
+            mark = time.time(), global_step, updates
+            repeat = args.action_repeat or (4 if env_family(args) == "ALE" else 1)
+            tags = {"SPS": steps / max(seconds, 1e-9), "updates_per_s": count / max(seconds, 1e-9), "updates": updates}
+            tags = {f"charts/{k}": v for k, v in (tags | {"env_frames": global_step * repeat}).items()}
+            tags |= {("charts/" if k == "learning_rate" else "losses/") + k: float(v) for k, v in metrics.items()}
+            logger.scalars(tags, global_step)
+            shown = f"{np.mean(list(recent)[-10:]):.1f}" if recent else "none yet"
+            pace = f"updates={updates}, SPS={tags['charts/SPS']:.0f}"
+            say(f"global_step={global_step}, episodic_return={shown}, {pace}")
+        if passed(args.report_every, global_step, N) and not stop.signum:
+            report(args, model, run, global_step, action_space, device, logger)
+        if passed(args.save_every, global_step, N) or ending:
+            learner.check(f"step {global_step}, update {updates}")
+            # NOTE: unfinished episodes end here as truncated ones, with or without an interruption: that is what
+            # makes a resumed run repeat the unbroken one.
+            cut = np.flatnonzero(~is_first)
+            replay.add(cut, last_rows({k: v[cut] for k, v in obs.items()}, reward[cut], nowhere[cut]))
+            save()
+            if stop.signum:
+                stopped()
+            obs, is_first, reward, carry = fresh()
+    envs.close()
+
+    seconds, steps, count = (a - b for a, b in zip((time.time() + 1e-9, global_step, updates), start, strict=True))
     pace = f"{steps / seconds:.0f} agent steps/s, {count / seconds:.2f} updates/s, {update_seconds / max(1, count):.4f}"
     say(f"{seconds / 60:.1f} minutes, {pace} {'CPU ' if device.type == 'cpu' else ''}seconds per update")
     video = os.path.join(run, "videos", "episode.gif") if args.capture_video else None
-    returns = play_episodes(args, agent_policy(model, device, args.eval_greedy), args.eval_episodes, 1, video)
+    returns = play_episodes(args, agent_policy(model, device, args.eval_greedy), args.eval_episodes, 1, video, stop)
+    if stop.signum:
+        stopped()
     score, std = float(np.mean(returns)), float(np.std(returns))
     logger.scalars({"eval/episodic_return": score, "eval/episodic_return_std": std}, global_step)
     logger.close()
@@ -2336,8 +2396,7 @@ def main(args):
     result |= dict(global_step=global_step, updates=updates, minutes=seconds / 60, run=run)
     result |= dict(train_return=float(np.mean(list(recent)[-10:])) if recent else None)
     save(result)
-    with open(os.path.join(run, "result.json"), "w", encoding="utf-8") as f:
-        json.dump(result, f, indent=1)
+    write_json(result, os.path.join(run, "result.json"))
     finish(args, score, random_return)
     return result
 

@@ -181,3 +181,9 @@ def test_forbidden_calls_are_found():
     assert not any(
         re.search(pattern, 'warnings.filterwarnings("ignore", category=UserWarning)') for pattern in FORBIDDEN
     )
+
+
+def test_ruff_finds_nothing():
+    for command in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

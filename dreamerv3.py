@@ -1493,21 +1493,24 @@ def play_episodes(args, policy, episodes, key, video=None, stop=None):
 
 def record_clips(args, policy, action_space, n, length, key, skip=0):
     """n clips of `length` rows from fresh environments under `policy`, after `skip` steps: {name: (n, length, ...)}.
-    Rows follow the file's time convention."""
+    Rows follow the file's time convention; an agent's latents and action before the first row come along as h, z,
+    previous."""
     envs, rows, state, first = make_envs(args, n, key), [], None, np.ones(n, bool)
     try:
         obs, _ = envs.reset()
         for t in range(skip + length):
+            if t == skip:
+                before = state
             actions, state = policy(obs, first, state)
             stored = np.eye(action_space.n, dtype=np.float32)[actions] if hasattr(action_space, "n") else actions
             if t >= skip:
-                row = {f"obs/{k}": v for k, v in obs.items()}
-                rows.append(row | {"action": stored, "is_first": first | (t == skip)})
+                rows.append({f"obs/{k}": v for k, v in obs.items()} | {"action": stored, "is_first": first})
             obs, _, terminated, truncated, _ = envs.step(actions)
             first = terminated | truncated
     finally:
         envs.close()
-    return {k: torch.as_tensor(np.stack([r[k] for r in rows], 1)) for k in rows[0]}
+    clips = {k: torch.as_tensor(np.stack([r[k] for r in rows], 1)) for k in rows[0]}
+    return clips | (dict(zip(("h", "z", "previous"), before, strict=True)) if before else {})
 
 
 @torch.no_grad()
@@ -1517,9 +1520,13 @@ def open_loop(model, clips, context):
     beside those of the trivial predictors, and the decoded (N, L, ...) observations: posterior before `context`, dream
     after it."""
     obs = {k[4:]: v for k, v in clips.items() if k.startswith("obs/")}
-    first, N = clips["is_first"], clips["is_first"].shape[0]
-    previous = torch.cat([torch.zeros_like(clips["action"][:, :1]), clips["action"][:, :-1]], 1)
-    h, z, _ = model.dyn.observe(model.enc(obs), previous, first, *model.dyn.initial(N, first.device))
+    first, actions = clips["is_first"], clips["action"]
+    h, z = model.dyn.initial(len(first), first.device)
+    # NOTE: a clip from the middle of an episode needs the latents before it. Zeros there mean "an episode begins", and
+    # a model that has learned how episodes begin then believes its memory more than the images.
+    h, z, before = clips.get("h", h), clips.get("z", z), clips.get("previous", torch.zeros_like(actions[:, 0]))
+    previous = torch.cat([before.unsqueeze(1), actions[:, :-1]], 1)  # (N, L, A)
+    h, z, _ = model.dyn.observe(model.enc(obs), previous, first, h, z)
     posterior, one_step = model.dec(h, z), model.dec(h, sample_onehot(model.dyn.prior(h)))
     hd, zd, states = h[:, context - 1], z[:, context - 1], []
     for action in previous[:, context:].unbind(1):
@@ -1621,9 +1628,9 @@ def space_from(plain):
 class DreamEnv(gym.Env):
     """The learned world as an environment. `path`: run directory. Observations are a Dict, or the only entry by itself.
 
-    reset(options={"observations": {key: (T, ...)}, "actions": (T, ...)}) filters real context (action t follows
-    observation t; the last one is not used) and dreams on from it; without options it starts from context kept in the
-    checkpoint."""
+    reset(options={"observations": {key: (T, ...)}, "actions": (T, ...)}) filters real context from the beginning of an
+    episode (action t follows observation t; the last one is not used) and dreams on from it; without options it starts
+    from context kept in the checkpoint."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
 
@@ -1652,18 +1659,17 @@ class DreamEnv(gym.Env):
             obs = options["observations"]
             obs = {"observation": obs} if self.single and not isinstance(obs, dict) else obs
             obs = {k: torch.as_tensor(np.asarray(v), device=self.device)[None] for k, v in obs.items()}
-            actions = self.one_hot(options["actions"])
-            first = torch.zeros(actions.shape[:2], dtype=torch.bool, device=self.device)
+            actions, (h, z) = self.one_hot(options["actions"]), self.model.dyn.initial(1, self.device)
+            previous = torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], 1)
+            first = torch.arange(actions.shape[1], device=self.device)[None] == 0
         else:
             if self.context is None:
                 raise ValueError("this checkpoint was saved before any sequence was complete: pass options")
             clip = int(self.np_random.integers(len(self.context["action"])))
             rows = {k: v[clip : clip + 1].to(self.device) for k, v in self.context.items()}
-            obs = {k[4:]: v for k, v in rows.items() if k.startswith("obs/")}
-            actions, first = rows["action"].float(), rows["is_first"].clone()
-        first[:, 0] = True
-        previous = torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], 1)
-        h, z = self.model.dyn.initial(1, self.device)
+            obs = {k[4:]: v[:, 1:] for k, v in rows.items() if k.startswith("obs/")}
+            previous, first, h = rows["action"][:, :-1], rows["is_first"][:, 1:], rows["deter"][:, 0].float()
+            z = F.one_hot(rows["stoch"][:, 0].long(), self.model.dyn.classes).float()
         h, z, _ = self.model.dyn.observe(self.model.enc(obs), previous, first, h, z, self.noise)
         self.h, self.z, self.steps = h[:, -1], z[:, -1], 0
         return self.decode(), {}
@@ -2283,7 +2289,8 @@ def train(args):
         context = None
         if replay.sequences().sum():  # a few stretches of real experience for dreams to start from
             rows, _ = replay.gather(replay.uniform(8, np.random.default_rng(0)))
-            context = {k: v.cpu() for k, v in rows.items() if k.startswith("obs/") or k in ("action", "is_first")}
+            names = ("action", "is_first", "deter", "stoch")
+            context = {k: v.cpu() for k, v in rows.items() if k.startswith("obs/") or k in names}
         spaces = {"observation": space_to(obs_space), "action": space_to(action_space)}
         plain = dict(script="dreamerv3", args=asdict(args), config=config, spaces=spaces, context=context)
         plain |= dict(

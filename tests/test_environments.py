@@ -10,8 +10,9 @@ import pytest
 
 TINY = (
     "--preset cpu --deter 32 --hidden 16 --units 16 --cnn-depth 8 --stoch 4 --classes 4 --batch-size 4 "
-    "--batch-length 8 --imag-starts 8 --imag-horizon 5 --num-envs 2 --total-timesteps 128 --learning-starts 64 --train-ratio 4 "
-    "--eval-episodes 1 --report-every 100 --max-episode-steps 40 --log-every 50 --save-every 1000 --no-cuda"
+    "--batch-length 8 --imag-starts 8 --imag-horizon 5 --num-envs 2 --total-timesteps 128 --learning-starts 64 "
+    "--train-ratio 4 --eval-episodes 1 --report-every 100 --max-episode-steps 40 --log-every 50 "
+    "--save-every 1000 --no-cuda"
 ).split()
 # id of the case: (flags, kind of observation, whether it needs a renderer)
 CASES = {

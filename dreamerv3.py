@@ -30,6 +30,9 @@ Differences from the paper and the authors' code, each with its reason:
   * Latents are written back to replay in the same update; the authors' come one update late (asynchronous transfers).
   * `actor_unimix` is 1 % as in the paper; the authors' code has 0 for discrete policies. `--actor-unimix 0` mirrors it.
   * The default replay holds 2M rows instead of 5M, which no single GPU can hold beside the 200M model.
+  * The first update comes after `--learning-starts` agent steps; the authors wait for as many sequences in replay.
+  * Atari's limit of 108,000 frames is a truncation here; the authors store it as a terminal state.
+  * Acting runs in float32, the authors' in bfloat16.
   * Presets follow the authors' configuration where it differs from the paper's table: see PRESETS.
 
 What the earlier versions did differently. DreamerV1 (2020): 30 Gaussian latents, plain GRU, one KL with 3 free nats,
@@ -144,7 +147,8 @@ class Args:
     noop_max: int = 30
     """Atari: up to this many no-ops at the start of an episode"""
     max_episode_steps: Optional[int] = None
-    """agent steps after which an episode is truncated (default: the environment's own limit)"""
+    """agent steps after which an episode is truncated; cannot raise the environment's own limit (default: that
+    limit)"""
 
     # ---- World model
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"
@@ -267,7 +271,9 @@ PRESETS = {
         env_id="dm_control/walker-walk-v0", pixels=True, total_timesteps=1_000_000, train_ratio=256, action_repeat=1,
         buffer_size=1_050_000,
     ),
-    "crafter": dict(env_id="Crafter-v1", total_timesteps=1_000_000, num_envs=1, train_ratio=512),
+    "crafter": dict(
+        env_id="Crafter-v1", total_timesteps=1_000_000, num_envs=1, train_ratio=512, buffer_size=1_050_000,
+    ),
 }
 # The image path on a laptop: MinAtar drawn as 16x16 RGB, so two convolution stages instead of four.
 PRESETS["cpu_pixels"] = PRESETS["cpu"] | dict(
@@ -382,7 +388,7 @@ def sample_onehot(probs, u=None):
 
 
 def kl_categorical(p_logits, q_logits):
-    """KL[p || q] of categoricals over the last axis: (..., C) -> (...)."""
+    """KL[p || q] of categoricals over the last axis, from logits or log-probabilities: (..., C) -> (...)."""
     p, q = torch.log_softmax(p_logits.float(), -1), torch.log_softmax(q_logits.float(), -1)
     return (p.exp() * (p - q)).sum(-1)
 
@@ -399,7 +405,7 @@ def lambda_return(last, term, rew, val, boot, disc, lam):
     """Lambda returns (eq. 5): all (B, T) -> (B, T-1). Row t's return starts with the reward of row t+1.
 
     last: the episode ends at this row, the return bootstraps there; term: it ends for good, nothing follows. Bootstrap
-    values come from `boot`; `val` is only checked for its shape."""
+    values come from `boot`; `val` is only checked for its shape (the authors' signature)."""
     assert last.shape == term.shape == rew.shape == val.shape == boot.shape, "all inputs of lambda_return are (B, T)"
     live, cont = (1 - term.float())[:, 1:] * disc, (1 - last.float())[:, 1:] * lam
     base = rew[:, 1:] + live * (1 - cont) * boot[:, 1:]
@@ -606,9 +612,8 @@ class Encoder(nn.Module):
         out = []
         if self.vectors:
             # Integers become one-hot, real vectors are compressed by symlog (eq. 9).
-            parts = [
-                F.one_hot(obs[k], n).float() if (n := self.numbers.get(k)) else symlog(obs[k]) for k in self.vectors
-            ]
+            sizes = self.numbers
+            parts = [F.one_hot(obs[k], sizes[k]).float() if k in sizes else symlog(obs[k]) for k in self.vectors]
             out.append(self.mlp(torch.cat(parts, -1)).float())
         if self.images:
             x = torch.cat([obs[k] for k in self.images], -1) if len(self.images) > 1 else obs[self.images[0]]
@@ -927,7 +932,7 @@ def behavior_loss(model, norm, batch, h, z, args):
     params = model.pol(feats[:-1])
     entropy = model.pol.entropy(params)  # (H, N)
     # NOTE: REINFORCE for discrete and continuous actions alike; no gradient flows back through the dynamics.
-    objective = model.pol.log_prob(params, actions) * advantage + args.ent_coef * entropy
+    objective = model.pol.log_prob(params, actions) * advantage + args.ent_coef * entropy  # eq. 6, to be maximised
     losses = {"policy": -weight * objective, "value": weight * critic_loss(value_logits, returns, slow, model, args)}
 
     feat = model.feat(h, z)  # (B, T, F). NOTE: with gradients: the replayed critic loss shapes the world model too
@@ -962,14 +967,14 @@ class Learner:
             losses, h, z = world_model_loss(self.model, batch, self.args)
             more, stats = behavior_loss(self.model, self.norm, batch, h, z, self.args)
         losses = {k: v.float().mean() for k, v in (losses | more).items()}
-        loss = sum(self.scales.get(k, 1.0) * v for k, v in losses.items())  # eq. 2, 5, 6: one sum, one backward
+        loss = sum(self.scales.get(k, 1.0) * v for k, v in losses.items())  # eq. 2, 5, 6 in one backward
         self.opt.zero_grad()
         loss.backward()
         norms = agc_([p.grad for p in self.params], self.params, self.args.agc_clip)
         # No step on bad numbers, decided on the device. The main loop looks at `bad` when it reads metrics.
-        self.names = [*losses, "gradient norm"]
         bad = ~torch.isfinite(torch.stack([*losses.values(), norms.norm()]).detach())
-        self.bad = torch.zeros_like(bad) if self.bad is None else self.bad
+        if self.bad is None:
+            self.bad, self.names = torch.zeros_like(bad), [*losses, "gradient norm"]
         self.bad.copy_(torch.where(self.bad.any(), self.bad, bad))
         rate = lr_at(self.opt.count, self.args.learning_rate, self.args.warmup_updates)
         self.opt.step(rate, ~self.bad.any())
@@ -1002,6 +1007,7 @@ def compile_model(model, learner):
         torch.compile(lambda x: torch.sin(x) + 1)(torch.zeros(8, device=learner.device))  # is there a working compiler?
     except Exception as e:
         return say(f"warning: torch.compile does not work here ({type(e).__name__}); going on without it")
+    say("compiling: the first steps take a minute or more (--no-compile starts at once)")
     model.dyn.post_step = torch.compile(model.dyn.post_step, dynamic=False)
     model.imag_step = torch.compile(model.imag_step, dynamic=False)
     for network in (model.enc, model.dec):
@@ -1015,16 +1021,15 @@ class Graphed:
     later calls."""
 
     def __init__(self, function):
-        self.function, self.calls, self.graph = function, 0, None
+        self.function, self.calls, self.graph, self.stream = function, 0, None, torch.cuda.Stream()
 
     def __call__(self, inputs):
         self.calls += 1
         if self.calls <= 3:  # real calls that warm up kernels and allocator, on a side stream as capture wants it
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 outputs = self.function(inputs)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if self.graph is None:
             self.inputs, self.graph = {k: v.clone() for k, v in inputs.items()}, torch.cuda.CUDAGraph()
@@ -1109,13 +1114,16 @@ class Replay:
     def write_back(self, ids, deter, stoch):
         """Refresh the stored latents of rows 1..T with the newest posteriors (B, T, D) and (B, T, S)."""
         # NOTE: without it sequences start from latents of an ever older model. Nothing was added since `sample`, so no
-        # row can have been overwritten in between.
+        # row can have been overwritten in between. Where sequences of a batch overlap, one of them wins.
         self.data["deter"].flatten(0, 1)[ids[:, 1:]] = deter.to(self.device, torch.bfloat16)
         self.data["stoch"].flatten(0, 1)[ids[:, 1:]] = stoch.to(self.device, torch.uint8)
 
     def state_dict(self):
         filled = int(min(self.count.max(), self.capacity))
-        rows = {k: v[:, :filled].cpu().clone() for k, v in self.data.items()}
+        whole = (
+            filled == self.capacity or self.device.type != "cpu"
+        )  # a part must be copied: a view would save everything
+        rows = {k: v[:, :filled].cpu() if whole else v[:, :filled].clone() for k, v in self.data.items()}
         return {
             "rows": rows,
             "count": self.count.tolist(),
@@ -1601,7 +1609,7 @@ def dream_frames(truth, shown, context):
 
 def load_agent(path, device="cpu"):
     """Model and checkpoint of a run directory, to act or to dream: model, state."""
-    state = load_checkpoint(path, "dreamerv3", device)
+    state = load_checkpoint(path, "dreamerv3")
     model = Dreamer(space_from(state["spaces"]["observation"]), space_from(state["spaces"]["action"]), state["config"])
     model.load_state_dict(state["learner"]["model"])
     return model.to(device).eval(), state
@@ -1658,12 +1666,17 @@ class DreamEnv(gym.Env):
         if options and "observations" in options:
             obs = options["observations"]
             obs = {"observation": obs} if self.single and not isinstance(obs, dict) else obs
-            obs = {k: torch.as_tensor(np.asarray(v), device=self.device)[None] for k, v in obs.items()}
+            obs = {k: np.asarray(v, self.space[k].dtype) for k, v in obs.items()}
+            T = len(options.get("actions", ()))
+            if not T or any(v.shape != (T, *self.space[k].shape) for k, v in obs.items()):
+                found = {k: v.shape for k, v in obs.items()}
+                raise ValueError(f"observations and actions must all have T > 0 entries, got {found} and {T} actions")
+            obs = to_torch({k: v[None] for k, v in obs.items()}, self.device)
             actions, (h, z) = self.one_hot(options["actions"]), self.model.dyn.initial(1, self.device)
             previous = torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], 1)
             first = torch.arange(actions.shape[1], device=self.device)[None] == 0
         else:
-            if self.context is None:
+            if self.context is None or not len(self.context["action"]):
                 raise ValueError("this checkpoint was saved before any sequence was complete: pass options")
             clip = int(self.np_random.integers(len(self.context["action"])))
             rows = {k: v[clip : clip + 1].to(self.device) for k, v in self.context.items()}
@@ -1680,7 +1693,7 @@ class DreamEnv(gym.Env):
         self.z, self.steps = self.sample(self.model.dyn.prior(self.h)), self.steps + 1
         feat = self.model.feat(self.h, self.z)
         reward = float(two_hot_mean(self.model.rew(feat), self.model.bins))
-        alive = float(torch.sigmoid(self.model.con(feat))) / self.gamma  # the head predicts gamma times this
+        alive = min(1.0, float(torch.sigmoid(self.model.con(feat))) / self.gamma)  # the head predicts gamma times this
         return self.decode(), reward, alive < 0.5, self.steps >= self.max_steps, {"continue": alive}
 
     def decode(self):
@@ -1888,7 +1901,7 @@ def write_json(data, path):  # shared
         raise SystemExit(f"could not write {path} ({type(e).__name__}: {e})") from None
 
 
-def load_checkpoint(run, script, device="cpu", repair=False):  # shared
+def load_checkpoint(run, script, repair=False):  # shared
     """The newest readable checkpoint of a run directory, plain types only; exit code 2 if there is none. `repair`:
     move a damaged ckpt.pt away, else the next save would put it in the place of the good older one."""
     problem = None
@@ -1897,7 +1910,7 @@ def load_checkpoint(run, script, device="cpu", repair=False):  # shared
         if not os.path.isfile(path):
             continue
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # reads what is used, later
             if not isinstance(state, dict) or state.get("script") != script:
                 fail(f"{path} is not a checkpoint of {script}.py")
             if problem:
@@ -2167,7 +2180,11 @@ def probe_env(args, config):
         fail(f"--image-size must be a multiple of {2 ** len(stages)}, 8 to 256, got {side}: remainder {rest}")
     if images and channels % config["blocks"]:
         fail(f"--cnn-depth: {channels} channels are not a multiple of --blocks {config['blocks']}")
-    limited = args.max_episode_steps or (env.spec and env.spec.max_episode_steps) or family in ("ALE", "dm_control")
+    limited = (
+        args.max_episode_steps
+        or (env.spec and env.spec.max_episode_steps)
+        or family in ("ALE", "dm_control", "Crafter-v1")
+    )
     if not limited:
         say(f"warning: {args.env_id} has no time limit; evaluation stops after 27000 steps (set --max-episode-steps)")
     env.close()
@@ -2190,7 +2207,8 @@ def evaluate_run(args):
     score, std, random_return = float(np.mean(returns)), float(np.std(returns)), state["random_return"]
     result = dict(episodic_return=score, std=std, returns=returns, random_return=random_return)
     result |= dict(global_step=state["global_step"], greedy=args.eval_greedy)
-    write_json(result, os.path.join(args.evaluate, f"eval-{state['global_step']}.json"))
+    name = f"eval-{state['global_step']}{'-greedy' if args.eval_greedy else ''}.json"
+    write_json(result, os.path.join(args.evaluate, name))
     say(f"returns of {len(returns)} episodes: " + " ".join(f"{r:g}" for r in returns))
     finish(args, score, random_return, f" +- {std:.1f}")
     return result
@@ -2226,10 +2244,11 @@ def train(args):
             if name not in CHANGEABLE and getattr(args, name, value) != value:
                 flag = "--" + name.replace("_", "-")
                 fail(f"{flag} is {value} in {args.resume}, got {getattr(args, name)}: a run cannot change it")
-        state = load_checkpoint(args.resume, "dreamerv3")
-        if state["global_step"] >= args.total_timesteps and state["result"]:
+        state, result = load_checkpoint(args.resume, "dreamerv3"), os.path.join(args.resume, "result.json")
+        if state["global_step"] >= args.total_timesteps and os.path.exists(result):
             say(f"nothing to do: step {state['global_step']} of {args.total_timesteps}")
-            return state["result"]
+            with open(result, encoding="utf-8") as f:
+                return json.load(f)
         lock = lock_run(args.resume)
         state = load_checkpoint(args.resume, "dreamerv3", repair=True)  # nobody else writes from here on
     obs_space, action_space = probe_env(args, config)
@@ -2240,11 +2259,15 @@ def train(args):
     # Rows per environment. A run can fill two per agent step: an episode's end takes one more.
     capacity = -(-min(args.buffer_size, 2 * args.total_timesteps + N * (T + 1)) // N)
     size = N * capacity * Replay.row_bytes(specs) / 1e9
-    # On the GPU if it fits and leaves a fifth of the memory to the update, else in host memory.
-    store = device if args.replay_cuda and size <= 0.8 * free_memory(device) / 1e9 else torch.device("cpu")
-    free = free_memory(store) / 1e9
-    if size > free:
-        fail(f"replay needs {size:.1f} GB, {free:.1f} GB free: lower --buffer-size, now {args.buffer_size}")
+    # On the GPU if it fits and leaves a fifth of the memory to the update, else in host memory; a checkpoint copies it.
+    cpu = torch.device("cpu")
+    store = device if args.replay_cuda and size <= 0.8 * free_memory(device) / 1e9 else cpu
+    host, free = size * (args.save_replay + (store == cpu)), free_memory(cpu) / 1e9
+    if host > free:
+        hint = f"lower --buffer-size, now {args.buffer_size}" + (
+            ", or try --no-save-replay" if args.save_replay else ""
+        )
+        fail(f"replay needs {host:.1f} GB, {free:.1f} GB free: {hint}")
 
     run = args.resume or new_run_dir(args)
     lock = lock if args.resume else lock_run(run)  # noqa: F841 (held until the process ends)
@@ -2285,17 +2308,16 @@ def train(args):
         compile_model(model, learner)
     # compile]
 
-    def save(result=None):
+    def save():
         context = None
         if replay.sequences().sum():  # a few stretches of real experience for dreams to start from
-            rows, _ = replay.gather(replay.uniform(8, np.random.default_rng(0)))
+            rows, _ = replay.gather(replay.uniform(64, np.random.default_rng(0)))
+            going = (~rows["is_last"][:, -1]).nonzero().flatten()[:8]  # not those that stop at an episode's end
             names = ("action", "is_first", "deter", "stoch")
-            context = {k: v.cpu() for k, v in rows.items() if k.startswith("obs/") or k in names}
+            context = {k: v[going].cpu() for k, v in rows.items() if k.startswith("obs/") or k in names}
         spaces = {"observation": space_to(obs_space), "action": space_to(action_space)}
         plain = dict(script="dreamerv3", args=asdict(args), config=config, spaces=spaces, context=context)
-        plain |= dict(
-            result=result, global_step=global_step, updates=updates, random_return=random_return, recent=list(recent)
-        )
+        plain |= dict(global_step=global_step, updates=updates, random_return=random_return, recent=list(recent))
         plain |= dict(ratio_previous=ratio.previous, episodes=[e.env.episode for e in envs.envs], rng=rng_state())
         plain |= dict(learner=learner.state_dict(), replay=replay.state_dict() if args.save_replay else None)
         atomic_save(plain, os.path.join(run, "ckpt.pt"))
@@ -2355,6 +2377,12 @@ def train(args):
                 raise SystemExit(f"out of GPU memory at {where}: lower {hint}") from None
             replay.write_back(ids, deter, stoch)
             updates += 1
+            # [optional: compile
+            if (
+                args.compile and updates == 4
+            ):  # what was not compiled by now (other batch sizes: evaluation) runs eagerly
+                torch.compiler.set_stance("eager_on_recompile")
+            # compile]
             if device.type == "cpu":  # on a GPU this would wait for the device: there, when metrics are read
                 learner.check(f"step {global_step}, update {updates}")
             if stop.signum:
@@ -2379,8 +2407,8 @@ def train(args):
             report(args, model, run, global_step, action_space, device, logger)
         if passed(args.save_every, global_step, N) or ending:
             learner.check(f"step {global_step}, update {updates}")
-            # NOTE: unfinished episodes end here as truncated ones, with or without an interruption: that is what
-            # makes a resumed run repeat the unbroken one.
+            # NOTE: unfinished episodes end at scheduled checkpoints as truncated ones, interrupted or not: that is what
+            # makes a resumed run repeat the unbroken one. (A stop signal cuts where the unbroken run would not.)
             cut = np.flatnonzero(~is_first)
             replay.add(cut, last_rows({k: v[cut] for k, v in obs.items()}, reward[cut], nowhere[cut]))
             save()
@@ -2402,7 +2430,6 @@ def train(args):
     result = dict(episodic_return=score, episodic_return_std=std, returns=returns, random_return=random_return)
     result |= dict(global_step=global_step, updates=updates, minutes=seconds / 60, run=run)
     result |= dict(train_return=float(np.mean(list(recent)[-10:])) if recent else None)
-    save(result)
     write_json(result, os.path.join(run, "result.json"))
     finish(args, score, random_return)
     return result

@@ -41,6 +41,9 @@ latents without unimix, KL balancing 0.8/0.2, REINFORCE on Atari and dynamics ba
 hard-copied target critic. The 2023 preprint of V3: dense LayerNorm GRU, Adam with global clipping, bins uniform in
 symlog space, no replay critic loss, no latents in replay. This file is the current algorithm.
 
+The algorithm is in the parts Maths, Networks, Losses and Replay and in the loop of `train`; a reader may stop there.
+The rest of the file makes it usable alone: environments, evaluation and dreams, checkpoints, checked flags.
+
 Symbols in shape comments:
   B  batch (replayed sequences)       A  action dimensions             D  deterministic state h (deter)
   T  time (replayed steps)            E  encoder output (tokens)       S  groups of the stochastic state z (stoch)
@@ -147,8 +150,7 @@ class Args:
     noop_max: int = 30
     """Atari: up to this many no-ops at the start of an episode"""
     max_episode_steps: Optional[int] = None
-    """agent steps after which an episode is truncated; cannot raise the environment's own limit (default: that
-    limit)"""
+    """agent steps after which an episode is truncated, at most the environment's own limit (default: that limit)"""
 
     # ---- World model
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"
@@ -257,8 +259,7 @@ PRESETS = {
         env_id="ALE/Boxing-v5", total_timesteps=100_000, num_envs=1, train_ratio=256, sticky_actions=0.0,
         buffer_size=110_000, save_every=25_000, report_every=10_000,
     ),
-    # NOTE: 3M rows instead of the published 5M: the replay (25.6 KB per row) then fits on one 139 GiB GPU with the
-    # model.
+    # NOTE: 3M rows instead of the published 5M: 77 GB (25.6 KB per row), which leaves room on a GPU of 139 GiB.
     "atari": dict(
         total_timesteps=50_000_000, num_envs=16, train_ratio=32, image_size=96, grayscale=True, full_action_space=True,
         buffer_size=3_000_000, save_every=1_000_000, report_every=500_000,
@@ -301,8 +302,7 @@ RANGES = {
 def make_config(size="200m", **overrides):
     """Sizes of the networks: a dict for `Dreamer`. Overrides that are None are ignored."""
     units = {"1m": 64, "12m": 256, "25m": 384, "50m": 512, "100m": 768, "200m": 1024, "400m": 1536}[size]
-    # D = 8U and depth = classes = U/16. NOTE: the paper's table prints other numbers for 1M and 12M; these are the
-    # code's.
+    # D = 8U, depth = classes = U/16. NOTE: for 1M and 12M the paper's table has other numbers; these are the code's.
     config = dict(
         deter=8 * units, hidden=units, units=units, cnn_depth=units // 16, classes=units // 16, stoch=32, blocks=8
     )
@@ -346,11 +346,9 @@ def two_hot(y, bins):
 
 
 def two_hot_mean(logits, bins):
-    """Expectation of a two-hot head (eq. 10): (..., n) -> (...). `bins` must be antisymmetric, as make_bins returns
-    them."""
+    """Expectation of a two-hot head (eq. 10): (..., n) -> (...). `bins` must be antisymmetric, as from make_bins."""
     # NOTE: atoms go up to 4.85e8. Summed from left to right, uniform probabilities give a mean far from 0 in float32
-    # and the untrained model dreams of rewards. Pairing +b with -b first makes it exactly 0 (the zero atom of odd n
-    # adds nothing).
+    # and the untrained model dreams of rewards. Pairing +b with -b first makes it exactly 0.
     p, half = torch.softmax(logits.float(), -1), len(bins) // 2
     return ((p[..., -half:] - p[..., :half].flip(-1)) * bins[-half:]).sum(-1)
 
@@ -370,16 +368,14 @@ def two_hot_nll(logp, targets, bins):
 
 
 def unimix_probs(logits, eps=0.01):
-    """Softmax mixed with eps of the uniform distribution (..., C): no class ever has probability 0, so no KL is
-    infinite."""
+    """Softmax mixed with eps of the uniform distribution (..., C): no probability is 0, so no KL is infinite."""
     return (1 - eps) * torch.softmax(logits.float(), -1) + eps / logits.shape[-1]
 
 
 def sample_onehot(probs, u=None):
     """Straight-through sample: exactly one-hot forward, gradient of probs backward. u: uniform noise, probs' shape
     without C."""
-    # Inverse CDF: one random number per group instead of one per class, several times faster than Gumbel or
-    # multinomial.
+    # Inverse CDF: one random number per group, not one per class; several times faster than Gumbel or multinomial.
     u = torch.rand(probs.shape[:-1], device=probs.device) if u is None else u
     index = (probs.detach().cumsum(-1)[..., :-1] <= u.unsqueeze(-1)).sum(-1, keepdim=True)  # (..., 1)
     onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
@@ -479,8 +475,7 @@ class LaProp:
 
     @torch.no_grad()
     def step(self, lr=None, ok=None):
-        """One step with learning rate `lr`. `ok`: 0-dim bool; if false nothing changes (decided without waiting for
-        it)."""
+        """One step with learning rate `lr`. `ok`: 0-dim bool; if false nothing changes, and nothing waits for it."""
         ok = torch.ones_like(self.count, dtype=torch.bool) if ok is None else ok
         grads = [torch.where(ok, p.grad, 0) for p in self.params]
         # Decay rates of 1 and gradients of 0 leave every number as it is.
@@ -543,15 +538,13 @@ class RMSNorm(nn.Module):
 
 
 class BlockLinear(nn.Module):
-    """Block-diagonal linear layer: features lie in groups, output group g sees only input group g. Weight (G, i/G,
-    o/G)."""
+    """Block-diagonal linear layer: output group g sees only input group g. Weight (G, i/G, o/G), bias (o,)."""
 
     def __init__(self, i, o, blocks):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, i // blocks, o // blocks))
         self.bias = nn.Parameter(torch.zeros(o))
-        # NOTE: fan-in is the whole input width, not that of one block; the latter makes initial weights sqrt(G) too
-        # large.
+        # NOTE: fan-in is the whole input width, not one block's, which would make initial weights sqrt(G) too large.
         trunc_normal_(self.weight, i)
 
     def forward(self, x, shared=None):
@@ -667,8 +660,7 @@ class RSSM(nn.Module):
         return torch.zeros(n, self.deter, device=device), torch.zeros(n, self.stoch, self.classes, device=device)
 
     def post_step(self, h, z, embedded_action, token, keep, u):
-        """One step with an observation. token (N, X): its share of the posterior layer; keep (N, 1): 0 resets; u (N,
-        S)."""
+        """One step with an observation. token (N, X): its share of the posterior layer; keep (N, 1): 0 resets."""
         h = self.core_step(h * keep, z * keep.unsqueeze(-1), embedded_action)
         x = F.silu(self.post_norm(token + F.linear(h, self.post_in.weight[:, : self.deter])))
         probs = unimix_probs(self.post_out(x).view(-1, self.stoch, self.classes), self.unimix)
@@ -704,8 +696,7 @@ class UpConv(nn.Conv2d):
 
     @staticmethod
     def fold(w, dim):
-        """Taps -2..2 on the upsampled axis -> taps -1..1 on the small one, for even and odd output pixels (new axis
-        1)."""
+        """Taps -2..2 on the upsampled axis -> -1..1 on the small one, for even and odd output pixels (new axis 1)."""
         a, b, c, d, e = w.unbind(dim)
         return torch.stack([torch.stack([a + b, c + d, e], dim), torch.stack([a, b + c, d + e], dim)], 1)
 
@@ -842,8 +833,7 @@ class Dreamer(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, is_first, h, z, previous, greedy=False):
-        """One acting step: obs {key: (N, ...)}, is_first (N,), state and previous action (N, A) -> h, z, action (N,
-        A)."""
+        """One acting step: obs {key: (N, ...)}, is_first (N,), state, previous action -> h, z, action (N, A)."""
         tokens = self.enc({k: v.unsqueeze(1) for k, v in obs.items()})  # (N, 1, E)
         h, z, _ = self.dyn.observe(tokens, previous.unsqueeze(1), is_first.unsqueeze(1), h, z)
         h, z = h[:, 0], z[:, 0]
@@ -876,8 +866,7 @@ def recon_loss(prediction, target):
 
 def world_model_loss(model, batch, args):
     """Eq. 2 and 3 on rows 1..T of a batch of T+1 rows. Returns {name: (B, T)}, h (B, T, D), z (B, T, S, C)."""
-    # NOTE: row 0 is context only: its stored latents start the recurrence, its action leads to row 1. It is not
-    # trained on.
+    # NOTE: row 0 is context only, not trained on: its latents start the recurrence, its action leads to row 1.
     rows = {k: v[:, 1:] for k, v in batch.items()}
     obs = {k[4:]: v for k, v in rows.items() if k.startswith("obs/")}
     z0 = F.one_hot(batch["stoch"][:, 0].long(), model.config["classes"]).float()  # (B, S, C)
@@ -887,8 +876,7 @@ def world_model_loss(model, batch, args):
     recon, feat = model.dec(h, z), model.feat(h, z)  # feat (B, T, F)
     losses = {f"recon_{k}": recon_loss(recon[k], obs[k]) for k in obs}
     losses["reward"] = two_hot_loss(model.rew(feat), rows["reward"], model.bins)
-    # NOTE: contdisc: the discount lives in the continue head. Only a true end counts; a truncated episode would have
-    # gone on.
+    # NOTE: contdisc: the discount lives in the continue head. Only a true end counts, not a truncated episode.
     alive = (1 - rows["is_terminal"].float()) * args.gamma
     losses["continue"] = F.binary_cross_entropy_with_logits(
         model.con(feat).float().squeeze(-1), alive, reduction="none"
@@ -898,20 +886,17 @@ def world_model_loss(model, batch, args):
 
 
 def critic_loss(logits, returns, slow, model, args):
-    """Cross entropy with the returns and, as a regulariser, with the slow critic's mean (eq. 5): (..., K), (...) ->
-    (...)."""
+    """Cross entropy with the returns and, as a regulariser, with the slow critic's mean (eq. 5): (..., K) -> (...)."""
     # NOTE: the slow critic regularises; the targets come from the fast one.
     return two_hot_nll(torch.log_softmax(logits.float(), -1), [(returns, 1.0), (slow, args.slow_reg)], model.bins)
 
 
 def behavior_loss(model, norm, batch, h, z, args):
-    """Eq. 4 to 7: actor and critic on imagined rollouts, critic on replayed states. Returns {name: (H, N) or (B,
-    T-1)}."""
+    """Eq. 4 to 7: actor and critic on imagined rollouts, critic on replay. Returns {name: (H, N) or (B, T-1)}."""
     B, T = h.shape[:2]
     pick = slice(None) if args.imag_starts is None else torch.rand(B * T, device=h.device).argsort()[: args.imag_starts]
     with torch.no_grad():
-        # NOTE: imagination starts from every replayed state and carries no gradient; the world model learns from
-        # replay alone.
+        # NOTE: imagination starts from every replayed state and carries no gradient into the world model.
         feats, actions = model.imagine(
             h.detach().flatten(0, 1)[pick], z.detach().flatten(0, 1)[pick], args.imag_horizon
         )
@@ -961,8 +946,7 @@ class Learner:
         self.bad = None  # which loss terms, or the gradient norm, were not finite; set once, on the device
 
     def update(self, batch):
-        """One optimizer step on a batch {name: (B, T+1, ...)}. Returns metrics and the new latents (B, T, D), (B, T,
-        S)."""
+        """One optimizer step on a batch {name: (B, T+1, ...)}. Returns metrics, new latents (B, T, D) and (B, T, S)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             losses, h, z = world_model_loss(self.model, batch, self.args)
             more, stats = behavior_loss(self.model, self.norm, batch, h, z, self.args)
@@ -1124,16 +1108,11 @@ class Replay:
             filled == self.capacity or self.device.type != "cpu"
         )  # a part must be copied: a view would save everything
         rows = {k: v[:, :filled].cpu() if whole else v[:, :filled].clone() for k, v in self.data.items()}
-        return {
-            "rows": rows,
-            "count": self.count.tolist(),
-            "queue": list(self.queue),
-            "rng": self.rng.bit_generator.state,
-        }
+        counters = {"count": self.count.tolist(), "queue": list(self.queue), "rng": self.rng.bit_generator.state}
+        return counters | {"rows": rows}
 
     def load_state_dict(self, state):
-        # NOTE: a resumed run may have a larger capacity only if the smaller one had not wrapped yet; then rows keep
-        # places.
+        # NOTE: a resumed run has a larger capacity only if the smaller one had not wrapped yet; then rows keep places.
         for k, v in state["rows"].items():
             self.data[k][:, : v.shape[1]] = v.to(self.device)
         self.count, self.queue = np.array(state["count"]), deque(state["queue"])
@@ -1141,8 +1120,7 @@ class Replay:
 
 
 class Ratio:
-    """How many updates are due: ratio(step) after `step` agent steps; fractions are carried over, the first call gives
-    1."""
+    """How many updates are due after `step` agent steps; fractions are carried over, the first call gives 1."""
 
     def __init__(self, ratio):
         self.ratio, self.previous = ratio, None
@@ -1168,8 +1146,7 @@ def resize(image, size):
 
 
 class Atari(gym.Wrapper):
-    """Frame skip with the maximum of the last two frames, random no-ops, small images; no reward clipping, no life
-    signal."""
+    """Frame skip with the maximum of the last two frames, random no-ops; no reward clipping, no life signal."""
 
     def __init__(self, env, repeat, size, grayscale, noop_max):
         super().__init__(env)
@@ -1203,8 +1180,7 @@ class Atari(gym.Wrapper):
 
 
 class DMControl(gym.Env):
-    """DeepMind Control suite: all proprioception as float vectors; pixels by `render`. Episodes are truncated, not
-    ended."""
+    """DeepMind Control suite: all proprioception as float vectors, pixels by `render`."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
 
@@ -1757,8 +1733,7 @@ def say(text):  # shared
 
 
 def parse_args(cls, presets, description):  # shared
-    """Command line -> cls. Defaults come from --preset, or from the run given to --resume, --evaluate or --play; flags
-    win."""
+    """Command line -> cls. Defaults: --preset, or the run given to --resume, --evaluate or --play. Flags win."""
     words, defaults = [w for a in sys.argv[1:] for w in a.split("=", 1)], {}
     given = {w: words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith("--")}
     run = next((given[f] for f in ("--resume", "--evaluate", "--play") if f in given), None)
@@ -1869,8 +1844,7 @@ def set_rng_state(state):  # shared
 
 
 def atomic_save(state, path):  # shared
-    """Write a checkpoint; `path` is the new state or the old one, never half of either. The old one becomes
-    .prev.pt."""
+    """Write a checkpoint; `path` is the new state or the old one, never half of either. Keeps the old as .prev.pt."""
     temp = path + ".tmp"
     try:
         with open(temp, "wb") as f:
@@ -1927,8 +1901,7 @@ def load_checkpoint(run, script, repair=False):  # shared
 
 
 def new_run_dir(args):  # shared
-    """Create runs/{env_id}__{exp_name}__{seed}__{time}, with a suffix if another run took the name in the same
-    second."""
+    """Create runs/{env_id}__{exp_name}__{seed}__{time}, with a suffix if that exists already."""
     task = getattr(args, "env_id", None) or getattr(args, "dataset", "data")
     task = re.sub(r"[^A-Za-z0-9._-]", "-", task)
     base = os.path.join("runs", f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}")
@@ -2006,8 +1979,7 @@ class StopSignal:  # shared
 
 
 class SeededReset(gym.Wrapper):  # shared
-    """Episode k starts from a seed made of (key, k): the same in every run, also after --resume; no two keys share a
-    start."""
+    """Episode k starts from a seed made of (key, k): the same in every run, also after --resume."""
 
     def __init__(self, env, key):
         super().__init__(env)

@@ -906,6 +906,7 @@ def behavior_loss(model, norm, batch, h, z, args):
         # NOTE: the weight includes c_0, so that a rollout that starts in a terminal state counts for nothing.
         weight = live.cumprod(0)[:-1]  # (H, N)
         end_value = two_hot_mean(model.val(feats[-1:]), model.bins)  # (1, N)
+    torch.clear_autocast_cache()  # NOTE: bfloat16 copies of actor and critic weights made above carry no gradients
     value_logits = model.val(feats[:-1])  # (H, N, K)
     with torch.no_grad():
         value = torch.cat([two_hot_mean(value_logits, model.bins), end_value])  # (H+1, N)
@@ -1920,7 +1921,7 @@ def new_run_dir(args):  # shared
 
 def write_run_info(run, args, script, device):  # shared
     """args.json (flags, command, commit, versions, hardware) and a copy of the script: enough to repeat the run."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(script)), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", os.path.dirname(os.path.abspath(script)), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
         with open("/proc/cpuinfo", encoding="utf-8") as f:

@@ -2140,12 +2140,10 @@ def probe_env(args, config):
         fail(f"{args.env_id} needs {package}: pip install {package}" if known else f"{flag}: {e}")
     except Exception as e:  # whatever it is, the environment cannot be used: gymnasium's own words, in one line
         cause = e.__cause__ if isinstance(e, EnvFault) and e.__cause__ else e
-        gl = (
-            f" (MUJOCO_GL={os.environ.get('MUJOCO_GL')}; it can be egl, osmesa or glfw)"
-            if family == "dm_control"
-            else ""
-        )
-        fail(f"{flag}: " + " ".join(str(cause).split() or [type(cause).__name__]) + gl)
+        reason = " ".join(str(cause).split() or [type(cause).__name__])
+        if family == "dm_control" and "GL" in reason:
+            reason += f" (MUJOCO_GL={os.environ.get('MUJOCO_GL')}; it can be egl, osmesa or glfw)"
+        fail(f"{flag}: {reason}")
     images = [k for k, s in env.observation_space.items() if len(s.shape) == 3]
     side, stages = args.image_size, image_stages(args.image_size)
     rest, channels = side % 2 ** len(stages), stages[-1] * config["cnn_depth"]

@@ -930,6 +930,23 @@ def test_43_44_stop_signals(script, name, code):
     assert load(run)["global_step"] == step + 32
 
 
+def test_44_nohup_keeps_a_run_alive(script, monkeypatch):
+    """A hangup that was ignored when the script started (nohup) does not stop it."""
+    real, calls = getattr(script.owner, script.method), []
+
+    def update(self, *args, **kwargs):
+        calls.append(os.kill(os.getpid(), signal.SIGHUP))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(script.owner, script.method, update)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = script.run()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.code == 0 and len(calls) > 4, result.err
+
+
 @pytest.mark.parametrize("name, code", [("SIGUSR1", 138), ("SIGHUP", 129)])
 def test_44_other_stop_signals(script, monkeypatch, name, code):
     real, calls = getattr(script.owner, script.method), []
@@ -941,7 +958,11 @@ def test_44_other_stop_signals(script, monkeypatch, name, code):
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(script.owner, script.method, update)
-    result = script.run()
+    before = signal.signal(getattr(signal, name), signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        result = script.run()
+    finally:
+        signal.signal(getattr(signal, name), before)
     assert result.code == code and len(calls) == 4 and "Traceback" not in result.err
     assert load(only_run())["updates"] == 4 and "--resume" in result.out.splitlines()[-1]
 

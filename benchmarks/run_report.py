@@ -55,6 +55,7 @@ def report(runs, name):
     left.set(xlabel="agent steps", ylabel="episodic return", title=rows[0]["env_id"])
     right.set(xlabel="agent steps", ylabel="mean squared error", title="dreams about fresh episodes", yscale="log")
     for axis in (left, right):
+        axis.locator_params(axis="x", nbins=5)
         axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(RESULTS / f"{name}.png", dpi=80)
@@ -92,7 +93,7 @@ def table():
         cells += [
             f"{np.mean([r['minutes'] for r in rows]):.1f}",
             one["hardware"],
-            ", ".join({r["commit"] for r in rows}),
+            ", ".join(sorted({r["commit"] for r in rows})),
         ]
         lines.append("| " + " | ".join([*cells, f"`python {' '.join(words)}`"]) + " |")
     return "\n".join(lines)

@@ -2084,6 +2084,10 @@ class Logger:  # shared
 
     def close(self):
         self.attempt(self.writer and self.writer.close)
+        # [optional: track
+        if self.tracker:
+            self.tracker.finish()
+        # track]
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------

@@ -86,6 +86,8 @@ from torch import nn
 # ---- Args and presets ------------------------------------------------------------------------------------------------
 
 
+# A default without an equation is the authors' configuration of May 2026, which is the paper's hyperparameter table
+# unless the docstring above lists the difference.
 @dataclass
 class Args:
     # ---- Experiment
@@ -2211,6 +2213,9 @@ def main(args):
 
 
 def train(args):
+    """The whole algorithm: act in the environments, store, learn from replay and imagination, repeat. Returns the
+    metrics."""
+    # Set up, in an order that finds every mistake of the user's before the first file is made.
     config = make_config(args.size, **{k: getattr(args, k) for k in SHAPES})
     check_args(args, config)
     state = None
@@ -2365,6 +2370,7 @@ def train(args):
                 break
         update_seconds += clock() - began
 
+        # Log, let the model dream about fresh episodes, save. Metrics are read here only: reading waits for the device.
         ending = stop.signum or global_step >= args.total_timesteps
         if passed(args.log_every, global_step, N) or ending:
             learner.check(f"step {global_step}, update {updates}")
@@ -2392,6 +2398,7 @@ def train(args):
             obs, is_first, reward, carry = fresh()
     envs.close()
 
+    # Final evaluation on fresh episodes, and the self-check against --target-return.
     seconds, steps, count = (a - b for a, b in zip((time.time() + 1e-9, global_step, updates), start, strict=True))
     pace = f"{steps / seconds:.0f} agent steps/s, {count / seconds:.2f} updates/s, {update_seconds / max(1, count):.4f}"
     say(f"{seconds / 60:.1f} minutes, {pace} {'CPU ' if device.type == 'cpu' else ''}seconds per update")

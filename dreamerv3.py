@@ -1003,7 +1003,7 @@ def compile_model(model, learner):
         learner.update = Graphed(learner.update)
 
 
-class Graphed:
+class Graphed:  # shared
     """A function of a dict of tensors, captured in a CUDA graph after three ordinary calls. Outputs are reused by
     later calls."""
 
@@ -1140,7 +1140,7 @@ class Ratio:
 # ---- Environment -----------------------------------------------------------------------------------------------------
 
 
-def resize(image, size):
+def resize(image, size):  # shared
     """(H, W, C) uint8 -> (size, size, C), bilinear."""
     if image.shape[:2] == (size, size):
         return image
@@ -1150,6 +1150,8 @@ def resize(image, size):
 
 class Atari(gym.Wrapper):
     """Frame skip with the maximum of the last two frames, random no-ops; no reward clipping, no life signal."""
+
+    complete = True  # no further wrapper repeats actions or draws
 
     def __init__(self, env, repeat, size, grayscale, noop_max):
         super().__init__(env)
@@ -1182,19 +1184,24 @@ class Atari(gym.Wrapper):
         return image
 
 
-class DMControl(gym.Env):
+class DMControl(gym.Env):  # shared
     """DeepMind Control suite: all proprioception as float vectors, pixels by `render`."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
 
-    def __init__(self, name, size):
+    def __init__(self, name, size, fast=False):
+        """size: pixels per side of `render`; fast: no shadows, reflections and multisampling."""
         from dm_control import suite
 
         match = re.fullmatch(r"dm_control/(\w+)-(\w+)-v0", name)
         if not match:
             raise ValueError("wanted dm_control/<domain>-<task>-v0, for example dm_control/walker-walk-v0")
         self.domain, self.size, self.render_mode = match[1], size, "rgb_array"
-        self.env = suite.load(match[1], match[2])
+        self.env, self.looks = suite.load(match[1], match[2]), {}
+        if fast:
+            self.looks = dict(render_flag_overrides={"shadow": False, "reflection": False})
+            visual = self.env.physics.model.vis  # read at the first render
+            visual.quality.offsamples, visual.global_.offwidth, visual.global_.offheight = 0, size, size
         shapes = {k: int(np.prod(v.shape)) or 1 for k, v in self.env.observation_spec().items()}
         boxes = {k: gym.spaces.Box(-np.inf, np.inf, (n,), np.float32) for k, n in shapes.items()}
         self.observation_space, spec = gym.spaces.Dict(boxes), self.env.action_spec()
@@ -1216,7 +1223,11 @@ class DMControl(gym.Env):
         return {k: np.asarray(v, np.float32).reshape(-1) for k, v in step.observation.items()}
 
     def render(self):
-        return self.env.physics.render(self.size, self.size, camera_id=2 if self.domain == "quadruped" else 0)
+        camera = 2 if self.domain == "quadruped" else 0
+        return self.env.physics.render(self.size, self.size, camera_id=camera, **self.looks)
+
+    def close(self):
+        self.env.close()
 
 
 # [optional: crafter
@@ -1246,7 +1257,7 @@ class Crafter(gym.Env):
 # crafter]
 
 
-def draw_minatar(state, size):
+def draw_minatar(state, size):  # shared
     """(10, 10, C) bool -> (size, size, 3) uint8: one hue per channel, whole pixels, black border."""
     hues = np.linspace(0, 1, state.shape[2], endpoint=False)[:, None] + np.array([0, 1 / 3, 2 / 3])
     colors = (255 * np.clip(np.abs(hues % 1 * 6 - 3) - 1, 0.15, 1)).astype(np.uint8)  # (C, 3)
@@ -1259,7 +1270,7 @@ def draw_minatar(state, size):
     return np.pad(image, (*pad, (0, 0)))
 
 
-class Pixels(gym.ObservationWrapper):
+class Pixels(gym.ObservationWrapper):  # shared
     """Observe what the environment draws (MinAtar: its state in colours) instead of its own observation."""
 
     def __init__(self, env, size):
@@ -1276,7 +1287,7 @@ class Pixels(gym.ObservationWrapper):
         return resize(image, self.size)
 
 
-class Repeat(gym.Wrapper):
+class Repeat(gym.Wrapper):  # shared
     """Repeat each action, add up the rewards, stop at the end of the episode."""
 
     def __init__(self, env, repeat):
@@ -1293,7 +1304,7 @@ class Repeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-class Adapter(gym.Wrapper):
+class Adapter(gym.Wrapper):  # shared
     """Any supported environment as: Dict observations (uint8 images (H, W, C), float32 vectors (n,), int64 numbers) and
     Discrete(n) or Box(-1, 1) actions. Raises ValueError with what was wanted and what was found."""
 
@@ -1360,49 +1371,54 @@ class Adapter(gym.Wrapper):
 PACKAGES = {"ALE": ("ale_py", "ale-py"), "MinAtar": ("minatar", "minatar"), "dm_control": ("dm_control", "dm_control")}
 
 
-def env_family(args):
+def env_family(args):  # shared
     """ALE, MinAtar, dm_control, or whatever stands before the slash of an id."""
     return args.env_id.split(":")[-1].split("/")[0]
 
 
-def make_env(args, index, key=0):
+def registered_env(args, **kwargs):  # shared
+    """An environment of gymnasium's registry, where those of ALE and MinAtar are put first; `kwargs` win over flags."""
+    family, kwargs = env_family(args), json.loads(args.env_kwargs) | kwargs
+    if family == "ALE":
+        import ale_py
+
+        gym.register_envs(ale_py)
+    elif family == "MinAtar":
+        import minatar.gym
+
+        if args.env_id not in gym.registry:
+            minatar.gym.register_envs()
+        kwargs |= dict(max_episode_steps=2500) if not args.max_episode_steps else {}  # MinAtar has no limit
+    if args.pixels and family != "MinAtar":
+        kwargs |= dict(render_mode="rgb_array")
+    return gym.make(args.env_id, **kwargs)
+
+
+def atari_env(args):
+    # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours.
+    settings = dict(repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space)
+    env = registered_env(args, frameskip=1, **settings)
+    return Atari(env, args.action_repeat or 4, args.image_size, args.grayscale, args.noop_max)
+
+
+# Environments that are not built by gymnasium.make alone.
+FAMILIES = {"ALE": atari_env, "dm_control": lambda args: DMControl(args.env_id, args.image_size)}
+# [optional: crafter
+FAMILIES["Crafter-v1"] = lambda args: Crafter()
+# crafter]
+
+
+def make_env(args, index, key=0):  # shared
     """A function that builds environment `index`, with every wrapper. Episodes of different keys never share a seed."""
 
     def thunk():
-        family, kwargs = env_family(args), json.loads(args.env_kwargs)
         if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draw without a display
             os.environ.setdefault("MUJOCO_GL", "egl")
-        if family == "dm_control":
-            env = DMControl(args.env_id, args.image_size)
-        # [optional: crafter
-        elif args.env_id == "Crafter-v1":
-            env = Crafter()
-        # crafter]
-        else:
-            if family == "ALE":
-                import ale_py
-
-                gym.register_envs(ale_py)
-                # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours.
-                kwargs |= dict(
-                    frameskip=1, repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space
-                )
-            elif family == "MinAtar":
-                import minatar.gym
-
-                if args.env_id not in gym.registry:
-                    minatar.gym.register_envs()
-                kwargs |= dict(max_episode_steps=2500) if not args.max_episode_steps else {}  # MinAtar has no limit
-            if args.pixels and family != "MinAtar":
-                kwargs |= dict(render_mode="rgb_array")
-            env = gym.make(args.env_id, **kwargs)
-        if family == "ALE":
-            env = Atari(env, args.action_repeat or 4, args.image_size, args.grayscale, args.noop_max)
-        elif args.action_repeat and args.action_repeat > 1:
-            env = Repeat(env, args.action_repeat)
-        if args.pixels and family != "ALE":
-            env = Pixels(env, args.image_size)
+        env = FAMILIES.get(env_family(args), registered_env)(args)
+        if not getattr(env, "complete", False):  # Atari's wrapper repeats and draws by itself
+            env = Repeat(env, args.action_repeat) if (args.action_repeat or 1) > 1 else env
+            env = Pixels(env, args.image_size) if args.pixels else env
         env = Adapter(env, args.image_size)
         if args.max_episode_steps:
             env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
@@ -1411,7 +1427,7 @@ def make_env(args, index, key=0):
     return thunk
 
 
-def make_envs(args, n, key=0):
+def make_envs(args, n, key=0):  # shared
     """n environments in lockstep. NOTE: SAME_STEP, so that the true last observation arrives with the end of its
     episode."""
     return gym.vector.SyncVectorEnv(
@@ -1419,7 +1435,7 @@ def make_envs(args, n, key=0):
     )
 
 
-def to_torch(obs, device):
+def to_torch(obs, device):  # shared
     return {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
 
 
@@ -1431,7 +1447,7 @@ def env_actions(action, discrete):
 # ---- Evaluation and dreams -------------------------------------------------------------------------------------------
 
 
-def random_policy(action_space, seed):
+def random_policy(action_space, seed):  # shared
     """Uniform actions, as a policy for play_episodes."""
     rng, n = np.random.default_rng(seed), getattr(action_space, "n", None)
     shape = () if n else action_space.shape
@@ -1555,7 +1571,7 @@ def to_obs(decoded, like):
     return out
 
 
-def draw(obs, size=96):
+def draw(obs, size=96):  # shared
     """One observation {key: array} as an RGB picture: its first image, or else bars for its numbers."""
     for value in obs.values():
         if np.ndim(value) == 3:
@@ -1569,7 +1585,7 @@ def draw(obs, size=96):
     return image
 
 
-def dream_frames(truth, shown, context):
+def dream_frames(truth, shown, context):  # shared
     """Frames of the open-loop video: truth, model, difference below each other, clips side by side. The border is green
     while the model sees the truth and red while it dreams."""
     (clips, length), frames = next(iter(shown.values())).shape[:2], []
@@ -1594,7 +1610,7 @@ def load_agent(path, device="cpu"):
     return model.to(device).eval(), state
 
 
-def space_to(space):
+def space_to(space):  # shared
     """A space of Adapter in plain types."""
     if isinstance(space, gym.spaces.Dict):
         return {k: space_to(s) for k, s in space.items()}
@@ -1603,7 +1619,7 @@ def space_to(space):
     return [list(space.shape), str(space.dtype), float(space.high.flat[0])]
 
 
-def space_from(plain):
+def space_from(plain):  # shared
     if isinstance(plain, dict):
         return gym.spaces.Dict({k: space_from(v) for k, v in plain.items()})
     if isinstance(plain, int):
@@ -2201,7 +2217,7 @@ def report(args, model, run, step, action_space, device, logger):
     logger.video("eval/open_loop", dream_frames(truth, shown, 16), step, path)
 
 
-def main(args):
+def main(args):  # shared
     """Returns the final metrics; raises SystemExit with the exit codes of the README."""
     try:
         return play(args) if args.play else evaluate_run(args) if args.evaluate else train(args)

@@ -2163,7 +2163,7 @@ def probe_env(args, config):
     except Exception as e:  # whatever it is, the environment cannot be used: gymnasium's own words, in one line
         cause = e.__cause__ if isinstance(e, EnvFault) and e.__cause__ else e
         reason = " ".join(str(cause).split() or [type(cause).__name__])
-        if family == "dm_control" and "GL" in reason:
+        if family == "dm_control" and re.search("GL|glGet", reason):
             reason += f" (MUJOCO_GL={os.environ.get('MUJOCO_GL')}; it can be egl, osmesa or glfw)"
         fail(f"{flag}: {reason}")
     images = [k for k, s in env.observation_space.items() if len(s.shape) == 3]

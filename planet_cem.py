@@ -404,6 +404,24 @@ class ObsEncoder(nn.Module):
         return torch.cat(out, -1)
 
 
+class Deconv(nn.ConvTranspose2d):
+    """Transposed convolution with stride 2, computed as a convolution with stride 1 that gives all four parities of
+    output pixels as channels: the same function and the same products, a quarter faster on a CPU."""
+
+    def __init__(self, i, o, kernel):
+        super().__init__(i, o, kernel, 2)
+
+    def forward(self, x):  # (N, i, H, W) -> (N, o, 2H + k - 2, 2W + k - 2)
+        (i, o, k, _), side = self.weight.shape, x.shape[-1]
+        if side == 1:
+            return (x.flatten(1) @ self.weight.flatten(1)).view(-1, o, k, k) + self.bias[:, None, None]
+        n, odd = (k + 1) // 2, k % 2
+        w = F.pad(self.weight, (0, odd, 0, odd)).view(i, o, n, 2, n, 2)  # taps by distance and parity, both axes
+        w = w.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(4 * o, i, n, n)  # as pixel_shuffle wants it
+        y = F.pixel_shuffle(F.conv2d(x, w, self.bias.repeat_interleave(4), padding=n - 1), 2)
+        return y[..., : 2 * side + k - 2, : 2 * side + k - 2]
+
+
 class ObsDecoder(nn.Module):
     """Features (..., F) -> {key: mean of the observation}: images (..., C, H, W) in [-0.5, 0.5), vectors (..., n)."""
 
@@ -418,7 +436,7 @@ class ObsDecoder(nn.Module):
             n = len(kernels)
             widths = [depth << (n + 1), *(depth << i for i in reversed(range(n - 1))), sum(self.channels)]
             self.start = dense(feature, widths[0])  # NOTE: linear; a 1x1 image with this many channels
-            ups = [glorot_(nn.ConvTranspose2d(a, b, k, 2)) for a, b, k in zip(widths, widths[1:], kernels)]
+            ups = [glorot_(Deconv(a, b, k)) for a, b, k in zip(widths, widths[1:], kernels)]
             self.ups = nn.Sequential(*(m for up in ups for m in (up, nn.ReLU())))[:-1]
         if self.vectors:
             self.mlp = relu_mlp(feature, hidden, 2, sum(self.widths))
@@ -1812,7 +1830,7 @@ def probe_env(args):
     except Exception as e:  # whatever it is, the environment cannot be used: gymnasium's own words, in one line
         cause = e.__cause__ if isinstance(e, EnvFault) and e.__cause__ else e
         reason = " ".join(str(cause).split() or [type(cause).__name__])
-        if family == "dm_control" and "GL" in reason:
+        if family == "dm_control" and re.search("GL|glGet", reason):
             gl = os.environ.get("MUJOCO_GL")
             reason += f" (MUJOCO_GL={gl}; egl needs libegl1 and libgl1-mesa-dri, osmesa needs libosmesa6)"
         fail(f"{flag}: {reason}")
@@ -2017,10 +2035,11 @@ def train(args):
             stride, longest = sum(lengths), max(longest, *lengths)
             global_step, episodes = global_step + stride, episodes + N
             plan_seconds = (clock() - began) / max(lengths)
-            for episode, length in zip(found, lengths):
+            returns = [float(e["reward"].sum()) for e in found]
+            recent.extend([] if random_phase else returns)
+            for episode, score, length in zip(found, returns, lengths):
                 replay.add(episode)
-                recent.append(float(episode["reward"].sum()))
-                logger.scalars({"charts/episodic_return": recent[-1], "charts/episodic_length": length}, global_step)
+                logger.scalars({"charts/episodic_return": score, "charts/episodic_length": length}, global_step)
             if terminated.any() and not warned:
                 say(f"warning: {args.env_id} ends episodes early; the model does not foresee that, only their rewards")
                 warned = True
@@ -2062,7 +2081,8 @@ def train(args):
             tags = {f"charts/{k}": v for k, v in tags.items()}
             logger.scalars(tags | {f"losses/{k}": float(v) for k, v in metrics.items()}, global_step)
             pace = f"episodes={episodes}, updates={updates}, SPS={tags['charts/SPS']:.0f}"
-            say(f"global_step={global_step}, episodic_return={np.mean(list(recent)[-N:]):.1f}, {pace}")
+            shown = f"{np.mean(list(recent)[-N:]):.1f}" if recent else "random actions"
+            say(f"global_step={global_step}, episodic_return={shown}, {pace}")
         if passed(args.report_every, global_step, stride) and updates:
             (episode,), _ = collect(args, tests, agent_policy(model, device, args), stop) or ((None,), None)
             if stop.signum:
@@ -2095,7 +2115,7 @@ def train(args):
     logger.close()
     result = dict(episodic_return=score, episodic_return_std=std, returns=returns, random_return=random_return)
     result |= dict(global_step=global_step, updates=updates, episodes=episodes, minutes=seconds / 60, run=run)
-    result |= dict(train_return=float(np.mean(list(recent)[-10:])), prediction_errors=errors)
+    result |= dict(train_return=float(np.mean(list(recent)[-10:])) if recent else None, prediction_errors=errors)
     write_json(result, os.path.join(run, "result.json"))
     finish(args, score, random_return)
     return result

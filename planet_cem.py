@@ -1958,6 +1958,7 @@ def train(args):
     logger = Logger(run, args, purge_step=state["global_step"] + 1 if state else None)
     stop = StopSignal()
     envs, tests = make_envs(args, N), make_envs(args, 1, key=3) if args.report_every else None
+    vectors = [v for v in (envs, tests) if v]
     config = {k: getattr(args, k) for k in SHAPES}
     with torch.device(device):
         model = Planet(obs_space, action_space.shape[0], config)
@@ -1965,30 +1966,40 @@ def train(args):
     parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in ("encoder", "rssm", "decoder", "reward"))
     say(f"run: {run}\nparameters: {count_params(model):,} ({parts})")
     say(f"replay: {capacity:,} rows, {size:.2f} GB on {store}; {repeat_of(args)} environment steps per agent step")
-    # due: updates before the next collection; stride: agent steps of the last one; longest: agent steps of an episode.
-    global_step, updates, episodes, due, stride, longest, random_return = 0, 0, 0, 0, 0, 0, None
-    recent, warned, seed_episodes = deque(maxlen=100), False, args.seed_episodes
+
+    def rewind(before):
+        """Random states, and the number of episodes that each environment has begun (which seeds the next one)."""
+        set_rng_state(before["rng"])
+        for v, numbers in zip(vectors, before["episodes"], strict=True):
+            for env, number in zip(v.envs, numbers, strict=True):
+                env.env.episode = number
+
+    # due: updates before the next collection; pending: the last collection was not tested and logged yet; stride: its
+    # agent steps; longest: agent steps of the longest episode so far.
+    global_step, updates, episodes, due, pending, stride, longest, random_return = 0, 0, 0, 0, False, 0, 0, None
+    recent, returns, metrics, warned = deque(maxlen=100), [], {}, False  # `recent` has the planned episodes only
+    seed_episodes = args.seed_episodes
     if state:
         learner.load_state_dict(state["learner"])
         if state["replay"]:
             replay.load_state_dict(state["replay"])
         else:
             say("warning: this run was saved without its replay (--no-save-replay): it starts with random episodes")
-            seed_episodes, state["due"] = seed_episodes + state["episodes"], 0
-        global_step, updates, episodes, due = (state[k] for k in ("global_step", "updates", "episodes", "due"))
-        stride, longest, random_return = state["stride"], state["episode_length"], state["random_return"]
+            seed_episodes, state["due"], state["pending"] = seed_episodes + state["count"], 0, False
+        global_step, updates, episodes, due = (state[k] for k in ("global_step", "updates", "count", "due"))
+        pending, stride, longest = state["pending"], state["stride"], state["episode_length"]
+        random_return, returns, metrics = state["random_return"], state["returns"], state["metrics"]
         recent.extend(state["recent"])
-        set_counters(envs, tests, state["counters"])
-        set_rng_state(state["rng"])
+        rewind(state)
         say(f"resumed at step {global_step} of {total}, update {updates}")
     if random_return is None:
         trial = make_envs(args, args.eval_episodes, 2)
         found, _ = collect(args, trial, random_policy(action_space, args.seed), stop, keep=False)
         trial.close()
         if found:
-            returns = [float(e["reward"].sum()) for e in found]
-            random_return = float(np.mean(returns))
-            say(f"random policy: {random_return:.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
+            scores = [float(e["reward"].sum()) for e in found]
+            random_return = float(np.mean(scores))
+            say(f"random policy: {random_return:.1f} +- {np.std(scores):.1f} over {len(scores)} episodes")
     # [optional: compile
     if args.compile:
         compile_planner(model, learner)
@@ -2002,13 +2013,20 @@ def train(args):
             context = {k: v.cpu()[:, whole] for k, v in context.items() if k != "reward"} if whole.any() else None
         spaces = {"observation": space_to(obs_space), "action": space_to(action_space)}
         plain = dict(script="planet_cem", args=asdict(args), config=config, spaces=spaces, context=context)
-        plain |= dict(global_step=global_step, updates=updates, episodes=episodes, due=due, stride=stride)
-        plain |= dict(episode_length=longest, random_return=random_return, recent=list(recent))
-        plain |= dict(counters=counters(envs, tests), rng=rng_state(), learner=learner.state_dict())
+        plain |= dict(global_step=global_step, updates=updates, count=episodes, due=due, pending=pending)
+        plain |= dict(stride=stride, episode_length=longest, random_return=random_return, recent=list(recent))
+        plain |= dict(returns=returns, metrics={k: float(v) for k, v in metrics.items()})
+        plain |= now() | dict(learner=learner.state_dict())
         atomic_save(plain | dict(replay=replay.state_dict() if args.save_replay else None), f"{run}/ckpt.pt")
 
-    def stopped():
-        """Leave after a stop signal: save and say how to go on."""
+    def now():
+        """Everything that playing an episode changes."""
+        return dict(rng=rng_state(), episodes=[[e.env.episode for e in v.envs] for v in vectors])
+
+    def stopped(before=None):
+        """Leave after a stop signal, if an episode was in progress as if it had not begun: save, say how to go on."""
+        if before:
+            rewind(before)
         save()
         logger.close()
         again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)}"
@@ -2017,23 +2035,21 @@ def train(args):
 
     if stop.signum:
         stopped()
-    start, metrics, clock = (time.time(), global_step, updates), {}, time.process_time if device == cpu else time.time
+    start, clock = (time.time(), global_step, updates), time.process_time if device == cpu else time.time
     mark, update_seconds, plan_seconds = start, 0.0, 0.0
-    while global_step < total or due:
+    while global_step < total or due or pending:
         # Collect one episode per environment: random ones at first, then by planning with exploration noise.
-        if not due:
-            before, began = (rng_state(), counters(envs, tests)), clock()
+        if not due and not pending:
+            before, began = now(), clock()
             random_phase = episodes < seed_episodes
             explore = agent_policy(model, device, args, args.action_noise)
             policy = random_policy(action_space, [args.seed, episodes, 1]) if random_phase else explore
             found, terminated = collect(args, envs, policy, stop)
             if found is None:  # NOTE: episodes in progress are dropped and, from the same random state, played again
-                set_rng_state(before[0])
-                set_counters(envs, tests, before[1])
-                stopped()
+                stopped(before)
             lengths = [len(e["reward"]) - 1 for e in found]
             stride, longest = sum(lengths), max(longest, *lengths)
-            global_step, episodes = global_step + stride, episodes + N
+            global_step, episodes, pending = global_step + stride, episodes + N, True
             plan_seconds = (clock() - began) / max(lengths)
             returns = [float(e["reward"].sum()) for e in found]
             recent.extend([] if random_phase else returns)
@@ -2069,8 +2085,17 @@ def train(args):
             learner.check(f"step {global_step}, update {updates}")
             stopped()
 
-        # Log, test, save. Metrics are read here only: reading waits for the device.
+        # Test, log, save. Metrics are read here only: reading waits for the device.
         ending = global_step >= total
+        if passed(args.report_every, global_step, stride) and updates:
+            before = now()
+            found, _ = collect(args, tests, agent_policy(model, device, args), stop)
+            if found is None:
+                stopped(before)
+            test_return = float(found[0]["reward"].sum())
+            logger.scalars({"eval/episodic_return": test_return}, global_step)
+            say(f"test episode at step {global_step}, without exploration: {test_return:.1f}")
+            report(model, obs_space, found[0], args, run, global_step, device, logger)
         if passed(args.log_every, global_step, stride) or ending:
             learner.check(f"step {global_step}, update {updates}")
             seconds, steps, count = (a - b for a, b in zip((time.time(), global_step, updates), mark))
@@ -2081,16 +2106,9 @@ def train(args):
             tags = {f"charts/{k}": v for k, v in tags.items()}
             logger.scalars(tags | {f"losses/{k}": float(v) for k, v in metrics.items()}, global_step)
             pace = f"episodes={episodes}, updates={updates}, SPS={tags['charts/SPS']:.0f}"
-            shown = f"{np.mean(list(recent)[-N:]):.1f}" if recent else "random actions"
-            say(f"global_step={global_step}, episodic_return={shown}, {pace}")
-        if passed(args.report_every, global_step, stride) and updates:
-            (episode,), _ = collect(args, tests, agent_policy(model, device, args), stop) or ((None,), None)
-            if stop.signum:
-                stopped()
-            test_return = float(episode["reward"].sum())
-            logger.scalars({"eval/episodic_return": test_return}, global_step)
-            say(f"test episode at step {global_step}, without exploration: {test_return:.1f}")
-            report(model, obs_space, episode, args, run, global_step, device, logger)
+            kind = "" if recent else " (random actions)"
+            say(f"global_step={global_step}, episodic_return={np.mean(returns):.1f}{kind}, {pace}")
+        pending = False
         if passed(args.save_every, global_step, stride) or ending:
             learner.check(f"step {global_step}, update {updates}")
             save()
@@ -2101,11 +2119,11 @@ def train(args):
     unit = "CPU seconds" if device == cpu else "seconds"
     pace = f"{update_seconds / max(1, count):.4f} {unit} per update, {plan_seconds:.4f} per agent step when planning"
     say(f"{seconds / 60:.1f} minutes, {steps / seconds:.0f} agent steps/s, {count / seconds:.2f} updates/s, {pace}")
-    finals = make_envs(args, args.eval_episodes, 1)
+    finals, before = make_envs(args, args.eval_episodes, 1), now()
     found, _ = collect(args, finals, agent_policy(model, device, args), stop)
     finals.close()
     if found is None:
-        stopped()
+        stopped(before)
     if args.capture_video:
         save_gif(episode_frames(found[0]), os.path.join(run, "videos", "episode.gif"))
     returns, errors = [float(e["reward"].sum()) for e in found], open_loop(model, found, device, 5, args.reward_scale)
@@ -2119,18 +2137,6 @@ def train(args):
     write_json(result, os.path.join(run, "result.json"))
     finish(args, score, random_return)
     return result
-
-
-def counters(*vectors):
-    """How many episodes each environment has begun, which sets the seed of the next one."""
-    return [[e.env.episode for e in v.envs] if v else [] for v in vectors]
-
-
-def set_counters(*args):
-    *vectors, saved = args
-    for v, numbers in zip(vectors, saved):
-        for env, number in zip(v.envs if v else [], numbers):
-            env.env.episode = number
 
 
 if __name__ == "__main__":

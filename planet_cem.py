@@ -1230,8 +1230,8 @@ def plot_horizons(errors, path):
     rewards.axhline(errors["reward_variance"], color="gray", linestyle=":", label="variance of the reward")
     for axis, title in ((frames, "observations"), (rewards, "reward")):
         axis.set(xscale="log", yscale="log", xlabel="steps ahead", ylabel="mean squared error", title=title)
-        axis.set_xticks(found, [str(h) for h in found], minor=False)
-        axis.minorticks_off()
+        axis.set_xticks(found, [str(h) for h in found])
+        axis.set_xticks([], minor=True)
         axis.legend(frameon=False, fontsize=8)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

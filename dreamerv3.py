@@ -1224,7 +1224,8 @@ class DMControl(gym.Env):  # shared
 
     def render(self):
         camera = 2 if self.domain == "quadruped" else 0
-        return self.env.physics.render(self.size, self.size, camera_id=camera, **self.looks)
+        image = self.env.physics.render(self.size, self.size, camera_id=camera, **self.looks)
+        return np.ascontiguousarray(image)  # NOTE: the suite's is a flipped view, which torch does not take
 
     def close(self):
         self.env.close()

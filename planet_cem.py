@@ -874,7 +874,8 @@ class DMControl(gym.Env):  # shared
 
     def render(self):
         camera = 2 if self.domain == "quadruped" else 0
-        return self.env.physics.render(self.size, self.size, camera_id=camera, **self.looks)
+        image = self.env.physics.render(self.size, self.size, camera_id=camera, **self.looks)
+        return np.ascontiguousarray(image)  # NOTE: the suite's is a flipped view, which torch does not take
 
     def close(self):
         self.env.close()
@@ -1166,7 +1167,7 @@ def open_loop(model, episodes, device="cpu", context=5, reward_scale=1.0, max_st
                     add(f"{name}_mse_{h}", prediction, x[rows_h])
                 add("mean_frame_mse", x.mean(0, keepdim=True), x[rows_h])
             add(f"reward_mse_{h}", model.predict_reward(feat)[:, None] / reward_scale, reward[rows_h, None])
-        add("reward_variance", reward.mean(), reward[1:, None])
+        add("reward_variance", reward[1:].mean(), reward[1:, None])  # the first row's reward is always 0
     errors = {name: total / count for name, (total, count) in sums.items()}
     for name in ("open_loop", "posterior", "copy_last"):  # over all horizons that fit
         found = [errors[f"{name}_mse_{h}"] for h in HORIZONS if f"{name}_mse_{h}" in errors]

@@ -1487,6 +1487,17 @@ def free_memory(device):  # shared
         return math.inf
 
 
+def peak_memory(device):  # shared
+    """Most memory used so far in GB, of the GPU's allocator or of this process; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def passed(every, step, stride):  # shared
     """Whether the last `stride` steps went past a multiple of `every` (0: never)."""
     return bool(every) and step // every > (step - stride) // every
@@ -2134,6 +2145,7 @@ def train(args):
     logger.close()
     result = dict(episodic_return=score, episodic_return_std=std, returns=returns, random_return=random_return)
     result |= dict(global_step=global_step, updates=updates, episodes=episodes, minutes=seconds / 60, run=run)
+    result |= dict(peak_memory_gb=peak_memory(device))
     result |= dict(train_return=float(np.mean(list(recent)[-10:])) if recent else None, prediction_errors=errors)
     write_json(result, os.path.join(run, "result.json"))
     finish(args, score, random_return)

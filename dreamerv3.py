@@ -1704,7 +1704,10 @@ class DreamEnv(gym.Env):
 # [optional: play
 def play(args):
     """Play inside the dream: digits and letters choose Discrete actions, pairs of keys move the dimensions of a Box."""
+    check_ranges(args, RANGES)
     env = DreamEnv(args.play)
+    if env.context is None or not len(env.context["action"]):
+        fail(f"{args.play} has no sequence to start a dream from: go on with --resume first")
     headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     if headless or os.environ.get("SDL_VIDEODRIVER") == "dummy":
         path = os.path.join(args.play, "eval-dream.gif")
@@ -1964,7 +1967,10 @@ def write_run_info(run, args, script, device):  # shared
     write_json(info | {"args": asdict(args) | {"resume": None}}, os.path.join(run, "args.json"))
     copy = os.path.join(run, os.path.basename(script))
     if not os.path.exists(copy):
-        shutil.copy(script, copy)
+        try:
+            shutil.copy(script, copy)
+        except OSError as e:
+            raise SystemExit(f"could not write {copy} ({type(e).__name__}: {e})") from None
 
 
 def lock_run(run):  # shared
@@ -2200,6 +2206,8 @@ def evaluate_run(args):
     """--evaluate RUN: returns of fresh episodes of a trained agent. Writes only RUN/eval-*."""
     check_ranges(args, RANGES)
     state = load_checkpoint(args.evaluate, "dreamerv3")
+    if state["random_return"] is None:
+        fail(f"{args.evaluate} was stopped before its first episode: go on with --resume first")
     for found, name in zip(probe_env(args, state["config"]), ("observation", "action"), strict=True):
         if space_to(found) != state["spaces"][name]:
             trained = space_from(state["spaces"][name])

@@ -1382,8 +1382,11 @@ class DreamEnv(gym.Env):
 # [optional: play
 def play(args):
     """Play inside the dream: pairs of keys move the dimensions of the action."""
+    check_args(args)
     env = DreamEnv(args.play)
     n = env.model.action_dim
+    if env.context is None:
+        fail(f"{args.play} has no episode to start a dream from: go on with --resume first")
     headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     if headless or os.environ.get("SDL_VIDEODRIVER") == "dummy":
         path = os.path.join(args.play, "eval-dream.gif")
@@ -1639,7 +1642,10 @@ def write_run_info(run, args, script, device):  # shared
     write_json(info | {"args": asdict(args) | {"resume": None}}, os.path.join(run, "args.json"))
     copy = os.path.join(run, os.path.basename(script))
     if not os.path.exists(copy):
-        shutil.copy(script, copy)
+        try:
+            shutil.copy(script, copy)
+        except OSError as e:
+            raise SystemExit(f"could not write {copy} ({type(e).__name__}: {e})") from None
 
 
 def lock_run(run):  # shared
@@ -1792,6 +1798,7 @@ class Logger:  # shared
         # [optional: track
         if self.tracker:
             self.tracker.finish()
+        # track]
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -1867,6 +1874,8 @@ def evaluate_run(args):
     """--evaluate RUN: returns of fresh episodes of a trained agent. Writes only RUN/eval-*."""
     check_args(args)
     state = load_checkpoint(args.evaluate, "planet_cem")
+    if state["random_return"] is None:
+        fail(f"{args.evaluate} was stopped before its first episode: go on with --resume first")
     for found, name in zip(probe_env(args), ("observation", "action")):
         if space_to(found) != state["spaces"][name]:
             trained = space_from(state["spaces"][name])

@@ -20,6 +20,7 @@ OBSERVATIONS = {
     "discrete": Discrete(5),
 }
 OBSERVATIONS["dict"] = Dict({k: OBSERVATIONS[k] for k in ("discrete", "image", "vector")})
+OBSERVATIONS["pair"] = Dict({k: OBSERVATIONS[k] for k in ("image", "vector")})
 OBSERVATIONS["nested"] = Dict(inner=Dict(vector=OBSERVATIONS["vector"]), outer=OBSERVATIONS["vector"])
 ACTIONS = {
     "discrete": Discrete(3),
@@ -42,6 +43,7 @@ class StubEnv(gym.Env):
         action="discrete",
         length=5,  # the episode terminates after this many steps; None: never
         truncate_at=None,  # the episode is truncated after this many steps
+        stagger=0,  # environment i takes i times this many steps more until either end
         reward=1.0,  # a number, or "count" for t
         raise_at=None,
         nan_at=None,
@@ -54,9 +56,10 @@ class StubEnv(gym.Env):
         render_mode=None,
     ):
         self.observation_space, self.action_space, self.render_mode = OBSERVATIONS[obs], ACTIONS[action], render_mode
-        self.length, self.truncate_at, self.reward, self.wrong_dtype = length, truncate_at, reward, wrong_dtype
+        self.reward, self.wrong_dtype = reward, wrong_dtype
         self.instance, self.steps, self.episode, self.t, self.start = StubEnv.made, 0, -1, 0, 0.0
         StubEnv.made += 1
+        self.length, self.truncate_at = (n and n + stagger * self.instance for n in (length, truncate_at))
         faulty = only in (None, self.instance)
         chosen = (x if faulty else None for x in (raise_at, nan_at, shape_change_at, signal_at))
         self.raise_at, self.nan_at, self.shape_change_at, self.signal_at = chosen

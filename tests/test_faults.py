@@ -37,6 +37,13 @@ STUB = "stub_env:Stub-v0"
 #   and 96, at least one update between two of them. train_instance: the StubEnv that is training environment 0 (the
 #   first one made has number 0). update: the method that makes one update, with the learner as `self`. plant: a
 #   parameter whose NaN shows in the loss `term`.
+# faults: what the stub is like unless a row says otherwise. spaces: (observation, action) kinds of the stub that are
+#   handled. rich: a stub with every kind of observation that the script knows. extra: flags that make the script log
+#   what it does not log otherwise. other: an environment that can be used, with other spaces than the stub has.
+# state: parts of a checkpoint that a killed and resumed run must share with an unbroken one. exact_stop: after a stop
+#   signal the same holds. early: words of the line that warns, once, that episodes terminate.
+# resize: a flag that shapes the networks, its value in `tiny` and another one. chatty: flags of a run that logs much
+#   more than its checkpoint holds. pictures: steps of the plots in TensorBoard with --report-every 48.
 # flags: every flag the script has. Removing or renaming one breaks its users: think twice before editing the list.
 SCRIPTS = {
     "dreamerv3": dict(
@@ -48,6 +55,17 @@ SCRIPTS = {
         update=("Learner", "update"),
         plant=lambda learner: learner.model.rew.out.bias,
         term="reward",
+        faults={},
+        spaces=[("vector", "discrete_start1"), ("dict", "box"), ("discrete", "box_inf"), ("image", "discrete")],
+        state="learner replay rng episodes recent updates global_step",
+        exact_stop=False,
+        early=None,
+        resize=("--deter", "16", "32"),
+        rich=dict(obs="dict"),
+        extra=[],
+        pictures=[],
+        other="CartPole-v1",
+        chatty="--total-timesteps 1200 --log-every 1 --save-every 10000 --train-ratio 0.1 --buffer-size 100",
         flags="action-repeat actor-unimix agc-clip batch-length batch-size beta1 beta2 bf16 bins blocks buffer-size "
         "capture-video classes cnn-depth compile cuda deter dyn-scale ent-coef env-id env-kwargs "
         "eval-episodes eval-greedy evaluate exp-name full-action-space gamma grayscale hidden imag-horizon "
@@ -56,7 +74,40 @@ SCRIPTS = {
         "resume retnorm-limit retnorm-rate return-lambda save-every save-replay seed size slow-reg "
         "sticky-actions stoch target-return tau torch-deterministic total-timesteps track train-ratio unimix "
         "units wandb-entity wandb-project-name warmup-updates",
-    )
+    ),
+    # One collection of 2 environments is 16 agent steps. Update 1 follows the first, two more each of the other five.
+    "planet_cem": dict(
+        tiny="--preset cpu --no-cuda --no-pixels --num-envs 2 --total-timesteps 96 --seed-episodes 2 "
+        "--initial-updates 1 --updates-per-episode 1 --belief-size 8 --state-size 4 --hidden-size 8 --reward-units 8 "
+        "--reward-layers 1 --cnn-depth 2 --batch-size 2 --batch-length 4 --plan-horizon 3 --plan-iterations 2 "
+        "--plan-candidates 8 --plan-elites 2 --log-every 16 --save-every 32 --report-every 0 --eval-episodes 2 "
+        "--image-size 16 --target-return None",
+        train_instance=1,
+        update=("ModelLearner", "update"),
+        plant=lambda learner: learner.model.reward[-1].bias,
+        term="reward",
+        faults=dict(action="box", length=8),
+        spaces=[("vector", "box_inf"), ("image", "box"), ("pair", "box")],
+        state="learner replay rng episodes recent updates global_step count due pending stride episode_length "
+        "random_return returns metrics context",
+        exact_stop=True,
+        early="ends episodes early",
+        resize=("--belief-size", "8", "16"),
+        rich=dict(obs="pair", length=16),
+        extra=["--overshooting", "3"],
+        pictures=[48, 96],
+        other="Pendulum-v1",
+        chatty="--total-timesteps 280 --log-every 1 --save-every 10000 --buffer-size 100 --max-episode-steps 1 "
+        "--num-envs 1 --seed-episodes 1 --plan-horizon 1 --plan-iterations 1",
+        flags="action-noise action-repeat adam-eps batch-length batch-size belief-size bf16 bits buffer-size "
+        "capture-video cnn-depth compile cuda env-id env-kwargs eval-episodes evaluate exp-name fast-render "
+        "hidden-size image-size initial-updates kl-free kl-scale learning-rate log-every max-episode-steps "
+        "max-grad-norm min-stddev num-envs num-threads overshooting overshooting-scale pixels plan-bf16 "
+        "plan-candidates plan-elites plan-horizon plan-iterations play preset recon-scale replay-cuda "
+        "report-every resume reward-layers reward-loss-scale reward-scale reward-units save-every save-replay "
+        "seed seed-episodes state-size target-return torch-deterministic total-timesteps track "
+        "updates-per-episode wandb-entity wandb-project-name",
+    ),
 }
 
 
@@ -69,17 +120,25 @@ class Script:
     def __init__(self, name):
         self.name, self.path, self.mod = name, os.path.join(ROOT, name + ".py"), importlib.import_module(name)
         self.__dict__.update(SCRIPTS[name])
+        gc.collect()
+        gc.freeze()  # modules stay: `call` need not go through them each time
         self.tiny = self.tiny.split()
         self.owner = getattr(self.mod, self.update[0])
         self.method = self.update[1]
 
+    def stub(self, **faults):
+        """Flags that choose the stub; it is as this script needs it, except for `faults`."""
+        return ["--env-id", STUB, "--env-kwargs", json.dumps(self.faults | faults)]
+
     def need(self, argv):
+        """The flags as a list, where a dict of faults has become the flags of such a stub."""
         names = {f.name for f in fields(self.mod.Args)}
+        argv = [word for a in argv for word in (self.stub(**a) if isinstance(a, dict) else [str(a)])]
         for word in argv:
             flag = word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
             if word.startswith("--") and flag not in names:
                 pytest.skip(f"{self.name}.py has no {word}")
-        return list(argv)
+        return argv
 
     def call(self, *argv, mod=None):
         """Run main() here, in the current directory: exit code as the shell would see it, stdout, stderr."""
@@ -101,7 +160,7 @@ class Script:
 
     def run(self, *argv, faults=None):
         """A tiny training run on the stub; later flags win."""
-        return self.call(*self.tiny, *stub(**(faults or {})), *argv)
+        return self.call(*self.tiny, *self.stub(**(faults or {})), *argv)
 
     def start(self, *argv, prelude="", launcher=(sys.executable,), **env):
         """The same as `call` in a process (and group) of its own; `prelude` is code that may change `mod` first."""
@@ -126,10 +185,6 @@ def update(self, *args, **kwargs):
     return real(self, *args, **kwargs)
 owner.{self.method} = update
 """
-
-
-def stub(**faults):
-    return ["--env-id", STUB, "--env-kwargs", json.dumps(faults)]
 
 
 def only_run():
@@ -167,7 +222,7 @@ def scalars(run):
     """{tag: [(step, value), ...]} as TensorBoard shows them, without those that contain time."""
     events = EventAccumulator(run, size_guidance={"scalars": 0})
     events.Reload()
-    timed = re.compile("SPS|per_s|time|hours")
+    timed = re.compile("SPS|per_s|seconds|time|hours")
     return {t: [(e.step, e.value) for e in events.Scalars(t)] for t in events.Tags()["scalars"] if not timed.search(t)}
 
 
@@ -177,6 +232,14 @@ def finite(tree):
 
 def error_lines(result, script):
     return [line for line in result.err.splitlines() if line.startswith(f"{script.name}.py: error: ")]
+
+
+def warnings_of(script, text):
+    """Lines with warnings, without the one, which must be there, that the stub's episodes terminate."""
+    lines = [line for line in text.splitlines() if "warning" in line]
+    early = [line for line in lines if script.early and script.early in line]
+    assert len(early) == (script.early is not None) and all(STUB in line for line in early), lines
+    return [line for line in lines if line not in early]
 
 
 def usage_error(script, result, words):
@@ -263,7 +326,8 @@ BOXES = [
     ("4-stray", ["foo"], ["foo"]),
     ("5-preset", ["--preset", "tiny"], ["full", "cpu"]),
 ]
-# Ours: (row of the table, argv after the tiny flags, words in the one line).
+# Ours: (row of the table, argv after the tiny flags, words in the one line). A dict in argv stands for a stub with
+# these faults. Words that only some scripts say, or that differ: {script: words}.
 USAGE = [
     ("6-zero-steps", ["--total-timesteps", "0"], ["--total-timesteps must be at least 1, got 0"]),
     ("6-minus-steps", ["--total-timesteps", "-5"], ["--total-timesteps must be at least 1, got -5"]),
@@ -277,18 +341,44 @@ USAGE = [
         ["--total-timesteps", "100", "--learning-starts", "1000"],
         ["--total-timesteps 100", "--learning-starts 1000"],
     ),
+    (
+        "7-unplanned",
+        [{}, "--seed-episodes", "3", "--max-episode-steps", "8", "--total-timesteps", "32"],
+        ["--total-timesteps 32", "--seed-episodes 3 (32 agent steps in 2 environments)", "nothing would be planned"],
+    ),
+    (
+        "7-unplanned-unknown-length",
+        [{}, "--seed-episodes", "3", "--total-timesteps", "4"],
+        ["--total-timesteps 4", "--seed-episodes 3 (4 agent steps in 2 environments)", "nothing would be planned"],
+    ),
+    ("6-seed-episodes", ["--seed-episodes", "0"], ["--seed-episodes must be at least 1, got 0"]),
+    ("6-initial-updates", ["--initial-updates", "0"], ["--initial-updates must be at least 1, got 0"]),
+    ("6-horizon", ["--plan-horizon", "0"], ["--plan-horizon must be at least 1, got 0"]),
+    ("6-report-every", ["--report-every", "-1"], ["--report-every must be 0 to", "got -1"]),
     ("8-nan", ["--learning-rate", "nan"], ["--learning-rate must be", " to ", "got nan"]),
     ("8-minus", ["--learning-rate", "-1"], ["--learning-rate must be", " to ", "got -1"]),
     ("8-inf", ["--learning-rate", "inf"], ["--learning-rate must be", " to ", "got inf"]),
     ("8-gamma", ["--gamma", "2"], ["--gamma must be 0 to 1, got 2"]),
     ("8-gae", ["--gae-lambda", "-1"], ["--gae-lambda must be 0 to 1, got -1"]),
     ("8-lambda", ["--return-lambda", "-1"], ["--return-lambda must be 0 to 1, got -1"]),
+    ("8-noise", ["--action-noise", "nan"], ["--action-noise must be 0 to 10, got nan"]),
+    ("8-bits", ["--bits", "9"], ["--bits must be 1 to 8, got 9"]),
+    ("8-reward-scale", ["--reward-scale", "0"], ["--reward-scale must be", "got 0"]),
+    ("8-min-stddev", ["--min-stddev", "0"], ["--min-stddev must be", "got 0"]),
     ("8-target", ["--target-return", "nan"], ["--target-return must be", "got nan"]),
     ("9-seed-minus", ["--seed", "-1"], ["--seed must be 0 to 4294967295, got -1"]),
     ("9-seed-large", ["--seed", "4294967296"], ["--seed must be 0 to 4294967295, got 4294967296"]),
     ("10-heads", ["--embed-dim", "100", "--num-heads", "8"], ["--embed-dim 100", "--num-heads 8", "remainder 4"]),
     ("10-blocks", ["--deter", "100", "--blocks", "8"], ["--deter 100", "--blocks 8", "remainder 4"]),
-    ("10-image", [*stub(obs="image"), "--image-size", "21"], ["--image-size", "21", "remainder 1"]),
+    (
+        "10-image",
+        [dict(obs="image"), "--image-size", "21"],
+        {
+            "dreamerv3": ["--image-size", "21", "remainder 1"],
+            "planet_cem": ["--image-size must be one of 16, 32, 64, got 21"],
+        },
+    ),
+    ("10-elites", ["--plan-elites", "9"], ["--plan-elites 9 is more than --plan-candidates 8"]),
     (
         "11-buffer",
         ["--buffer-size", "10", "--batch-length", "64", "--total-timesteps", "500"],
@@ -296,28 +386,36 @@ USAGE = [
     ),
     (
         "12-memory",
-        [*stub(), "--buffer-size", 10**13, "--total-timesteps", 10**13],
+        [{}, "--buffer-size", 10**13, "--total-timesteps", 10**13],
         ["replay needs", "GB free", "lower --buffer-size"],
     ),
     ("13-env-id", ["--env-id", "CartPoleX-v1"], ["--env-id", "CartPoleX", "Did you mean", "CartPole"]),
     ("13-module", ["--env-id", "no_such_module:Stub-v0"], ["--env-id", "no_such_module"]),
     ("14-box2d", ["--env-id", "CarRacing-v2"], ["--env-id", "CarRacing-v3"]),
     ("14-ale", ["--env-id", "ALE/Pong-v4"], ["--env-id", "v5"]),
-    ("17-multi", stub(action="multidiscrete"), ["--env-id", STUB, "Discrete", "MultiDiscrete([2 3])"]),
-    ("17-dict", stub(action="dict"), ["--env-id", STUB, "Discrete", "Dict('a': Discrete(2))"]),
-    ("18-grey2d", stub(obs="grey2d"), ["--env-id", STUB, "uint8 (16, 16)", "height, width"]),
-    ("18-channel-first", stub(obs="channel_first"), ["--env-id", STUB, "uint8 (3, 16, 16)", "height, width"]),
-    ("18-rgba", stub(obs="rgba"), ["--env-id", STUB, "uint8 (16, 16, 4)", "height, width"]),
-    ("18-no-picture", [*stub(), "--pixels"], ["--env-id", STUB, "--pixels", "rgb_array"]),
-    ("19-nested", stub(obs="nested"), ["--env-id", STUB, "inner", "outer"]),
-    ("20-dtype", stub(obs="image", wrong_dtype=True), ["--env-id", STUB, "uint8", "float64"]),
+    ("16-discrete", [dict(action="discrete")], {"planet_cem": ["--env-id", STUB, "needs Box actions", "Discrete(3)"]}),
+    (
+        "16-cartpole",
+        ["--env-id", "CartPole-v1"],
+        {"planet_cem": ["--env-id CartPole-v1", "Box actions", "Discrete(2)"]},
+    ),
+    ("17-multi", [dict(action="multidiscrete")], ["--env-id", STUB, "Discrete", "MultiDiscrete([2 3])"]),
+    ("17-dict", [dict(action="dict")], ["--env-id", STUB, "Discrete", "Dict('a': Discrete(2))"]),
+    ("18-grey2d", [dict(obs="grey2d")], ["--env-id", STUB, "uint8 (16, 16)", "height, width"]),
+    ("18-channel-first", [dict(obs="channel_first")], ["--env-id", STUB, "uint8 (3, 16, 16)", "height, width"]),
+    ("18-rgba", [dict(obs="rgba")], ["--env-id", STUB, "uint8 (16, 16, 4)", "height, width"]),
+    ("18-no-picture", [{}, "--pixels"], ["--env-id", STUB, "--pixels", "rgb_array"]),
+    ("18-numbers", [dict(obs="discrete")], {"planet_cem": ["--env-id", STUB, "'observation' is Discrete(5)"]}),
+    ("19-numbers", [dict(obs="dict")], {"planet_cem": ["--env-id", STUB, "'discrete' is Discrete(5)"]}),
+    ("19-nested", [dict(obs="nested")], ["--env-id", STUB, "inner", "outer"]),
+    ("20-dtype", [dict(obs="image", wrong_dtype=True)], ["--env-id", STUB, "uint8", "float64"]),
     ("29-slash", ["--exp-name", "a/b"], ["--exp-name", "a/b"]),
     ("32-missing", ["--resume", "nowhere"], ["no checkpoint in nowhere"]),
     ("32-evaluate", ["--evaluate", "nowhere"], ["no checkpoint in nowhere"]),
     ("32-play", ["--play", "nowhere"], ["no checkpoint in nowhere"]),
     ("json", ["--env-kwargs", "[1]"], ["--env-kwargs", "[1]"]),
     ("json-broken", ["--env-kwargs", "{"], ["--env-kwargs", "{"]),
-    ("kwargs", stub(colour="red"), ["--env-id", STUB, "colour"]),
+    ("kwargs", [dict(colour="red")], ["--env-id", STUB, "colour"]),
 ]
 
 
@@ -332,7 +430,9 @@ def test_parser(script, tmp_path, argv, words):
 
 @pytest.mark.parametrize("argv, words", [pytest.param(a, w, id=i) for i, a, w in USAGE])
 def test_usage(script, tmp_path, argv, words):
-    argv = script.need([str(a) for a in argv])
+    argv = script.need(argv)
+    if isinstance(words, dict):
+        words = words.get(script.name) or pytest.skip(f"{script.name}.py has no such limit")
     usage_error(script, script.call(*script.tiny, *argv), words)
     assert os.listdir(tmp_path) == []
 
@@ -356,7 +456,7 @@ def test_27_output_folder_is_read_only(script, tmp_path):
     # Modes do not bind root: give that power away first (prctl 24: the next program may not have capability 1).
     drop = "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); python = sys.executable; "
     drop += "os.execv(python, [python, *sys.argv[1:]])"
-    process = script.start(*script.tiny, *stub(), launcher=(sys.executable, "-c", drop))
+    process = script.start(*script.tiny, *script.stub(), launcher=(sys.executable, "-c", drop))
     _, err = process.communicate(timeout=60)
     usage_error(script, types.SimpleNamespace(code=process.returncode, err=err), ["cannot write runs"])
     assert os.listdir(tmp_path / "runs") == []
@@ -374,16 +474,22 @@ def test_32_empty_directory(script, tmp_path, flag):
     [
         (["--eval-episodes", "0"], ["--eval-episodes must be at least 1, got 0"]),
         (["--seed", "-1"], ["--seed must be 0 to 4294967295, got -1"]),
+        (["--plan-elites", "9"], ["--plan-elites 9 is more than --plan-candidates 8"]),
         (["--env-id", "CartPoleX-v1"], ["--env-id", "Did you mean"]),
-        (
-            ["--env-id", "CartPole-v1", "--env-kwargs", "{}"],
-            ["--env-id", "CartPole-v1"],
-        ),  # other shapes than it was trained on
+        (["--env-id", "OTHER", "--env-kwargs", "{}"], ["--env-id", "OTHER", "was trained on"]),  # other shapes
     ],
 )
 def test_usage_errors_of_evaluate(script, trained, argv, words):
     before = bytes_of(trained)
+    script.need(argv)
+    argv, words = ([script.other if w == "OTHER" else w for w in x] for x in (argv, words))
     usage_error(script, script.call("--evaluate", trained, *argv), words)
+    assert bytes_of(trained) == before
+
+
+def test_usage_errors_of_play(script, trained):
+    before = bytes_of(trained)
+    usage_error(script, script.call("--play", trained, "--seed", "-1"), ["--seed must be 0 to 4294967295, got -1"])
     assert bytes_of(trained) == before
 
 
@@ -443,7 +549,7 @@ def test_67_headless(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "obs, action", [("vector", "discrete_start1"), ("dict", "box"), ("discrete", "box_inf"), ("image", "discrete")]
+    "script, obs, action", [(name, *pair) for name, s in SCRIPTS.items() for pair in s["spaces"]], indirect=["script"]
 )
 def test_17_19_spaces_that_are_handled(script, obs, action):
     result = script.run("--report-every", "48", "--capture-video", faults=dict(obs=obs, action=action))
@@ -460,7 +566,7 @@ def test_21_no_time_limit(script):
     assert result.code == 0 and "time limit" not in result.out + result.err
     assert scalars(only_run())["eval/episodic_return"][-1][1] == 7.0
     result = script.run()
-    lines = [line for line in (result.out + result.err).splitlines() if "warning" in line]
+    lines = warnings_of(script, result.out + result.err)
     assert len(lines) == 1 and STUB in lines[0] and "--max-episode-steps" in lines[0]
 
 
@@ -468,7 +574,7 @@ def test_22_30_no_cuda_and_another_working_directory(script, tmp_path):
     (tmp_path / "näh er").mkdir()
     os.chdir("näh er")
     argv = [a for a in script.tiny if a != "--no-cuda"]
-    process = script.start(*argv, *stub(), "--max-episode-steps", "9", CUDA_VISIBLE_DEVICES="")
+    process = script.start(*argv, *script.stub(), "--max-episode-steps", "9", CUDA_VISIBLE_DEVICES="")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out.splitlines()[0] == "device: cpu (no CUDA device)", out + err
     assert os.listdir(".") == ["runs"] and os.listdir("..") == ["näh er"]
@@ -482,20 +588,19 @@ def test_22_30_no_cuda_and_another_working_directory(script, tmp_path):
 def test_23_no_compiler(script, unbroken, tmp_path):
     script.need(["--compile"])
     env = dict(PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), CC="", CXX="")
-    process = script.start(*script.tiny, *stub(), "--compile", "--max-episode-steps", "9", **env)
+    process = script.start(*script.tiny, *script.stub(), "--compile", "--max-episode-steps", "9", **env)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert (
-        sum("warning" in line for line in (out + err).splitlines()) == 1
-        and "warning: torch.compile does not work here" in out
-    )
+    lines = warnings_of(script, out + err)
+    assert len(lines) == 1 and lines[0].startswith("warning: torch.compile does not work here"), lines
+    assert lines[0] in out
     same(load(only_run())["learner"], load(unbroken)["learner"])
 
 
 def test_28_two_runs_in_the_same_second(script):
     # A clock that runs a thousand times slower: both are certain to start in the same second.
     slow = "import time; began = time.perf_counter(); time.time = lambda: 1e9 + (time.perf_counter() - began) / 1000"
-    processes = [script.start(*script.tiny, *stub(), prelude=slow) for _ in range(2)]
+    processes = [script.start(*script.tiny, *script.stub(), prelude=slow) for _ in range(2)]
     results = [p.communicate(timeout=60) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], results
     runs = sorted(os.listdir("runs"))
@@ -541,7 +646,12 @@ def test_56_reward_scales(script, reward):
     assert finite(load(only_run())["learner"])
 
 
-def stored_rows(script, run):
+def only_for(*names):
+    """The test is about these scripts alone."""
+    return pytest.mark.parametrize("script", names, indirect=True)
+
+
+def stored_rows(run):
     """What the replay holds of each environment: [(t, start, reward, is_first, is_last, is_terminal, action), ...]."""
     rows, count = load(run)["replay"]["rows"], load(run)["replay"]["count"]
     obs = next(v for k, v in rows.items() if k.startswith("obs"))
@@ -555,7 +665,7 @@ def stored_rows(script, run):
     ]
 
 
-def handmade_rows(script, instance, terminal):
+def handmade_rows(instance, terminal):
     """The same list from the stub's own log: reward t comes with observation t, the action is taken after it."""
     log, rows = [entry[1:] for entry in stub_env.StubEnv.log if entry[0] == instance], []
     for (episode, t, _, start), following in zip(log, [*log[1:], None]):
@@ -565,6 +675,7 @@ def handmade_rows(script, instance, terminal):
     return rows
 
 
+@only_for("dreamerv3")
 @pytest.mark.parametrize("faults, terminal", [(dict(length=3), True), (dict(length=None, truncate_at=3), False)])
 def test_57_58_stored_transitions(script, faults, terminal):
     """3-step episodes: every stored row as made by hand. A terminated episode ends for good, a truncated one does not,
@@ -574,9 +685,9 @@ def test_57_58_stored_transitions(script, faults, terminal):
     argv += ["--batch-length", 24]  # with short sequences the ring of so short a run would be full too soon
     result = script.run(*argv, faults=faults | dict(reward="count"))
     assert result.code == 0, result.err
-    stored = stored_rows(script, only_run())
+    stored = stored_rows(only_run())
     for e in range(2):
-        expected = handmade_rows(script, script.train_instance + e, terminal)
+        expected = handmade_rows(script.train_instance + e, terminal)
         while expected[-1][0] == 0.0:  # resets after the last episode were not acted on, so they are not stored
             expected.pop()
         assert stored[e] == expected
@@ -584,11 +695,83 @@ def test_57_58_stored_transitions(script, faults, terminal):
     assert load(only_run())["global_step"] == 2 * steps
 
 
+@only_for("dreamerv3")
 def test_57_replay_holds_the_whole_run(script):
     """--buffer-size is cut to what --total-timesteps can fill, and one-step episodes fill two rows per step."""
     assert script.run("--buffer-size", 10_000, "--total-timesteps", 400, faults=dict(length=1)).code == 0
     replay = load(only_run())["replay"]
     assert replay["count"] == [400, 400] and replay["rows"]["reward"].shape[1] == 400
+
+
+def stored_episodes(run):
+    """What a replay of whole episodes holds: [[(t, start, reward), ...], ...], and the actions [(rows, A), ...]."""
+    replay = load(run)["replay"]
+    names = {k for k in replay["rows"] if k.startswith("obs/")}
+    assert names == {"obs/observation"} and replay["rows"].keys() == names | {"action", "reward"}
+    assert {len(v) for v in replay["rows"].values()} == {sum(replay["lengths"])}
+    rows = [(*o[:2], r) for o, r in zip(*(replay["rows"][k].tolist() for k in ("obs/observation", "reward")))]
+    ends = np.cumsum(replay["lengths"])
+    actions = replay["rows"]["action"].numpy()
+    return [rows[e - n : e] for e, n in zip(ends, replay["lengths"])], np.split(actions, ends[:-1])
+
+
+def handmade_episodes(lengths):
+    """The same from the stub's own log, {instance: length of its episodes}: those that were played to the end, row t
+    with the action that led to observation t. Instances take turns."""
+    episodes, actions = {i: [] for i in lengths}, {i: [] for i in lengths}
+    for instance, length in lengths.items():
+        log = [entry[1:] for entry in stub_env.StubEnv.log if entry[0] == instance]
+        for number in {entry[0] for entry in log}:
+            episode = [entry for entry in log if entry[0] == number]
+            if len(episode) == length + 1:
+                episodes[instance].append([(float(t), start, float(t)) for _, t, _, start in episode])
+                actions[instance].append(np.array([a for _, _, a, _ in episode[1:]]))
+    assert len({len(e) for e in episodes.values()}) == 1
+    return tuple([e for turn in zip(*x.values()) for e in turn] for x in (episodes, actions))
+
+
+@only_for("planet_cem")
+@pytest.mark.parametrize("ending", ["length", "truncate_at"])
+@pytest.mark.parametrize("stagger, buffer, kept", [(0, 1000, 24), (1, 1000, 22), (1, 30, 5)])
+def test_57_58_stored_episodes(script, ending, stagger, buffer, kept):
+    """Every stored row as made by hand, whether episodes terminate or are truncated: the last observation is the true
+    one, not that of the next episode. With `stagger` they end one after the other: what an environment does while it
+    waits for the others is neither stored nor counted. Of a replay that is full the oldest episodes are missing."""
+    faults = dict(length=None, reward="count", stagger=stagger) | {ending: 4 - stagger}
+    result = script.run("--buffer-size", buffer, faults=faults)
+    assert result.code == 0, result.err
+    assert ("ends episodes early" in result.out) == (ending == "length")
+    lengths = {script.train_instance + e: 4 + e * stagger for e in range(2)}  # 3 + 1 * 1 and 3 + 2 * 1, or 4 and 4
+    stored, led = stored_episodes(only_run())
+    expected, taken = handmade_episodes(lengths)
+    assert len(stored) == kept and stored == expected[-kept:]
+    low, high = stub_env.ACTIONS["box"].low, stub_env.ACTIONS["box"].high
+    for mine, theirs in zip(led, taken[-kept:], strict=True):
+        assert (mine[0] == 0).all() and (abs(mine) <= 1).all()  # nothing led to the first row
+        assert np.allclose(low + (mine[1:] + 1) / 2 * (high - low), theirs, atol=1e-6)
+    steps, found = sum(len(e) - 1 for e in expected), scalars(only_run())
+    assert load(only_run())["global_step"] == steps and steps - sum(lengths.values()) < 96 <= steps
+    assert {v for _, v in found["charts/episodic_length"]} == set(lengths.values())
+    assert {v for _, v in found["charts/episodic_return"]} == {n * (n + 1) / 2 for n in lengths.values()}
+
+
+@only_for("planet_cem")
+@pytest.mark.parametrize("argv, faults", [([], dict(length=1)), (["--max-episode-steps", "8"], dict(length=None))])
+def test_57_replay_holds_all_episodes(script, argv, faults):
+    """--buffer-size is cut to what --total-timesteps can fill, whether the length of episodes is known or not."""
+    assert script.run(*argv, faults=faults).code == 0
+    state = load(only_run())
+    assert sum(n - 1 for n in state["replay"]["lengths"]) == state["global_step"] == 96
+    assert len(state["replay"]["lengths"]) == state["count"]
+
+
+@only_for("planet_cem")
+def test_57_planning_begins_after_the_random_episodes(script):
+    """3 random episodes in 2 environments are 4; the first updates come after them."""
+    result = script.run("--seed-episodes", "3", "--initial-updates", "7", "--updates-per-episode", "2")
+    assert result.code == 0, result.err
+    updates = [int(n) for n in re.findall(r"global_step=\d+, .*updates=(\d+)", result.out)]
+    assert updates == [0, 7, 11, 15, 19, 23]
 
 
 def test_61_seeds(script, unbroken):
@@ -619,7 +802,7 @@ def test_64_without_optional_blocks(script, tmp_path):
     sys.modules["stripped"] = mod  # dataclasses look their module up
     try:
         spec.loader.exec_module(mod)
-        result = script.call(*script.tiny, *stub(), mod=mod)
+        result = script.call(*script.tiny, *script.stub(), mod=mod)
     finally:
         del sys.modules["stripped"]
     assert result.code == 0, result.err
@@ -637,6 +820,9 @@ def test_66_videos_do_not_depend_on_moviepy(script, monkeypatch, version):
     events.Reload()
     images = [image for tag in events.Tags()["images"] for image in events.Images(tag)]
     gifs = [n for n in os.listdir(os.path.join(run, "videos")) if n.endswith(".gif")]
+    pictures = [i.step for i in images if i.encoded_image_string[:4] == b"\x89PNG"]
+    assert pictures == script.pictures
+    images = [i for i in images if i.encoded_image_string[:4] != b"\x89PNG"]
     assert [i.step for i in images] == [48, 96] and all(i.encoded_image_string[:3] == b"GIF" for i in images)
     assert len(gifs) == 3
 
@@ -649,7 +835,7 @@ def test_69_target_missed(script):
 
 
 def test_71_reader_of_the_pipe_is_gone(script):
-    process = script.start(*script.tiny, *stub(), "--total-timesteps", 10**6)
+    process = script.start(*script.tiny, *script.stub(), "--total-timesteps", 10**6)
     first = process.stdout.readline()
     process.stdout.close()
     _, err = process.stderr.read(), process.wait(timeout=60)
@@ -719,10 +905,10 @@ def test_34_checkpoint_of_another_script(script, trained):
 
 
 @pytest.mark.parametrize(
-    "flag, old, new",
-    [("--deter", "16", "32"), ("--embed-dim", "16", "32"), ("--num-envs", "2", "4"), ("--seed", "1", "2")],
+    "flag, old, new", [("SIZE", "", ""), ("--embed-dim", "16", "32"), ("--num-envs", "2", "4"), ("--seed", "1", "2")]
 )
 def test_34_resume_cannot_change_the_run(script, trained, flag, old, new):
+    flag, old, new = script.resize if flag == "SIZE" else (flag, old, new)
     script.need([flag])
     before = bytes_of(trained)
     usage_error(script, script.call("--resume", trained, flag, new, "--total-timesteps", "128"), [flag, old, new])
@@ -739,7 +925,7 @@ def test_35_finished_run_resumed(script, trained):
 def test_35_run_killed_in_its_last_evaluation_is_finished_by_resume(script, unbroken):
     """All steps are done but the result is missing: --resume owes it."""
     first = script.train_instance + 4  # made after those of training and of the random baseline
-    process = script.start(*script.tiny, *stub(signal_at=2, signum=9, only=first))
+    process = script.start(*script.tiny, *script.stub(signal_at=2, signum=9, only=first))
     process.communicate(timeout=60)
     run = only_run()
     assert process.returncode == -signal.SIGKILL and load(run)["global_step"] == 96
@@ -747,6 +933,19 @@ def test_35_run_killed_in_its_last_evaluation_is_finished_by_resume(script, unbr
     assert result.code == 0, result.err
     assert os.path.isfile(os.path.join(run, "result.json"))
     assert outcome(run)["returns"] == outcome(unbroken)["returns"]
+
+
+def test_35_run_stopped_before_its_first_episode(script, monkeypatch):
+    """There is nothing to evaluate or to dream from yet: said in one line, and --resume gets over it."""
+    waiting = stop_once(script, monkeypatch, [(2, 2)])  # in the random baseline
+    assert script.run().code == 143 and not waiting
+    run = only_run()
+    before = bytes_of(run)
+    for flag in ("--evaluate", "--play"):
+        usage_error(script, script.call(flag, run), [run, "--resume"])
+        assert bytes_of(run) == before
+    next_second(run)
+    assert script.call("--resume", run).code == 0 and script.call("--evaluate", run).code == 0
 
 
 class Payload:
@@ -867,20 +1066,9 @@ def test_41_disk_full_leaves_the_run_resumable(script, trained):
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread is quiet
 def test_42_disk_full_for_events(script, trained):
-    # Thousands of scalars and a checkpoint that is smaller than they are.
-    limit = int(1.5 * os.path.getsize(os.path.join(trained, "ckpt.pt")))
-    argv = [
-        "--total-timesteps",
-        1200,
-        "--log-every",
-        1,
-        "--save-every",
-        10_000,
-        "--train-ratio",
-        0.1,
-        "--buffer-size",
-        100,
-    ]
+    # Thousands of scalars and a checkpoint, and a copy of the script, that are smaller than they are.
+    limit = max(int(1.5 * os.path.getsize(os.path.join(trained, "ckpt.pt"))), os.path.getsize(script.path) + 4096)
+    argv = script.chatty.split()
     assert script.run(*argv).code == 0
     whole = only_run()
     (events,) = [n for n in os.listdir(whole) if n.startswith("events")]
@@ -908,7 +1096,7 @@ def test_42_disk_full_for_events(script, trained):
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_43_44_stop_signals(script, name, code):
     """The whole process group gets the signal, as from a terminal. Also row 39: a running script holds its lock."""
-    process = script.start(*script.tiny, *stub(), "--total-timesteps", 10**6, "--save-every", 10**5)
+    process = script.start(*script.tiny, *script.stub(), "--total-timesteps", 10**6, "--save-every", 10**5)
     for line in process.stdout:
         if "global_step=64" in line:
             break
@@ -969,7 +1157,7 @@ def test_44_other_stop_signals(script, monkeypatch, name, code):
 
 def test_45_second_signal(script):
     slow = script.at_update(5, "print('slow', flush=True); time.sleep(60)")
-    process = script.start(*script.tiny, *stub(), prelude=slow)
+    process = script.start(*script.tiny, *script.stub(), prelude=slow)
     for line in process.stdout:
         if line == "slow\n":
             break
@@ -1011,10 +1199,22 @@ def test_43_signal_outside_the_loop(script, when, step, code):
     assert "--resume" in result.out.splitlines()[-1] and load(only_run())["global_step"] <= step + 2
 
 
+NOT_REPEATED = ("minutes", "run", "peak_memory_gb")  # of result.json
+
+
+def as_if_unbroken(script, run, unbroken):
+    mine, theirs = load(run), load(unbroken)
+    for k in script.state.split():
+        same(mine[k], theirs[k])
+    mine, theirs = ({k: v for k, v in outcome(r).items() if k not in NOT_REPEATED} for r in (run, unbroken))
+    assert mine == theirs
+    same(scalars(run), scalars(unbroken))
+
+
 @pytest.mark.parametrize("kills", [[6], [4, 6]])
 def test_47_48_killed_and_resumed_is_as_if_unbroken(script, unbroken, kills):
     """SIGKILL between checkpoints, once and twice: weights, replay, returns and curves as of the run without it."""
-    argv = [*script.tiny, *stub()]
+    argv = [*script.tiny, *script.stub()]
     for n in kills:
         process = script.start(*argv, prelude=script.at_update(n, "os.kill(os.getpid(), signal.SIGKILL)"))
         _, err = process.communicate(timeout=60)
@@ -1025,11 +1225,95 @@ def test_47_48_killed_and_resumed_is_as_if_unbroken(script, unbroken, kills):
         next_second(run)
     result = script.call(*argv)
     assert result.code == 0, result.err
-    mine, theirs = load(run), load(unbroken)
-    for k in ("learner", "replay", "rng", "episodes", "recent", "updates", "global_step"):
-        same(mine[k], theirs[k])
-    assert outcome(run)["returns"] == outcome(unbroken)["returns"]
-    same(scalars(run), scalars(unbroken))
+    as_if_unbroken(script, run, unbroken)
+
+
+def stop_once(script, monkeypatch, points):
+    """SIGTERM at each point, one after the other: ("update", n), at the beginning of the n-th update of this process,
+    or (instance, n), in step n of the stub that is `instance` places behind training environment 0."""
+    points, calls = [*points], {}
+
+    def watch(owner, method, key):
+        real = getattr(owner, method)
+
+        def wrapped(self, *args, **kwargs):
+            calls[key(self)] = calls.get(key(self), 0) + 1
+            if points and points[0] == (key(self), calls[key(self)]):
+                points.pop(0)
+                calls.clear()
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, method, wrapped)
+
+    watch(script.owner, script.method, lambda learner: "update")
+    watch(stub_env.StubEnv, "step", lambda env: env.instance - script.train_instance)
+    return points
+
+
+STOPS = {
+    "in-the-baseline": [(2, 2)],
+    "random-episode": [(0, 4)],
+    "planned-episode": [(1, 20)],
+    "last-step-of-an-episode": [(1, 16)],
+    "first-update-after-an-episode": [("update", 4)],
+    "last-update-after-an-episode": [("update", 5)],
+    "only-update-after-an-episode": [("update", 1)],
+    "very-last-update": [("update", 11)],
+    "evaluation": [(5, 3)],
+    "twice": [(0, 12), ("update", 5)],
+    "twice-in-one-episode": [(0, 12), (1, 3)],
+}
+
+
+@only_for(*(name for name, s in SCRIPTS.items() if s["exact_stop"]))
+@pytest.mark.parametrize("points", [pytest.param(p, id=i) for i, p in STOPS.items()])
+def test_47_48_stopped_and_resumed_is_as_if_unbroken(script, unbroken, monkeypatch, points):
+    """SIGTERM anywhere: episodes in progress are played again, updates go on where they were."""
+    waiting = stop_once(script, monkeypatch, points)
+    result = script.run()
+    for _ in points:
+        assert result.code == 143 and "Traceback" not in result.err, result.err
+        run = only_run()
+        next_second(run)
+        result = script.call("--resume", run)
+    assert result.code == 0 and not waiting, result.err
+    as_if_unbroken(script, run, unbroken)
+
+
+@only_for(*(name for name, s in SCRIPTS.items() if s["exact_stop"]))
+def test_47_48_stopped_in_a_test_episode(script, monkeypatch):
+    """The same for the test episodes of --report-every, whose environment comes after those of training."""
+    flags = ["--report-every", "48"]
+    assert script.run(*flags).code == 0
+    unbroken = os.rename("runs", "unbroken") or os.path.join("unbroken", *os.listdir("unbroken"))
+    waiting = stop_once(script, monkeypatch, [(2, 3)])
+    result = script.run(*flags)
+    assert result.code == 143 and not waiting and "Traceback" not in result.err, result.err
+    assert load(only_run())["global_step"] == 48
+    next_second(only_run())
+    assert script.call("--resume", only_run()).code == 0
+    as_if_unbroken(script, only_run(), unbroken)
+    assert os.listdir(os.path.join(only_run(), "videos")) == os.listdir(os.path.join(unbroken, "videos"))
+
+
+@only_for("planet_cem")
+def test_48_resume_without_the_replay(script, monkeypatch):
+    """--no-save-replay: what was learned stays, experience begins anew with random episodes."""
+    waiting = stop_once(script, monkeypatch, [("update", 6)])
+    assert script.run("--no-save-replay").code == 143 and not waiting
+    run = only_run()
+    before = load(run)
+    assert before["replay"] is None and (before["global_step"], before["updates"]) == (64, 6)
+    next_second(run)
+    result = script.call("--resume", run, "--save-replay")
+    assert result.code == 0, result.err
+    assert (
+        len([line for line in result.out.splitlines() if line.startswith("warning: this run was saved without")]) == 1
+    )
+    state = load(run)
+    assert (state["global_step"], state["count"], state["replay"]["lengths"]) == (96, 12, [9, 9, 9, 9])
+    assert state["updates"] == 6 + 1 + 2  # those after the random episodes, and after one planned pair
 
 
 # ---- Environments that fail ------------------------------------------------------------------------------------------

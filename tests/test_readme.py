@@ -13,7 +13,7 @@ import warnings
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_faults import ROOT, SCRIPTS, Script, only_run, stub
+from test_faults import ROOT, SCRIPTS, Script, only_run
 
 INSTALL = "pip install -r requirements.txt && "
 
@@ -121,8 +121,8 @@ def written(request, tmp_path_factory):
     os.environ["SDL_VIDEODRIVER"], driver = "dummy", os.environ.get("SDL_VIDEODRIVER")
     try:
         script = Script(request.param)
-        flags = ["--report-every", "48", "--capture-video"]
-        for argv in ([*script.tiny, *stub(obs="dict"), *flags], ["--evaluate", "RUN"], ["--play", "RUN"]):
+        flags = ["--report-every", "48", "--capture-video", *script.extra]
+        for argv in ([*script.tiny, *script.stub(**script.rich), *flags], ["--evaluate", "RUN"], ["--play", "RUN"]):
             argv = [only_run() if a == "RUN" else a for a in argv]
             result = script.call(*argv)
             assert result.code == 0, result.err

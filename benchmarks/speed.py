@@ -1,0 +1,415 @@
+"""How fast a script's update and acting step are, on random data and without an environment.
+
+    python benchmarks/speed.py dreamerv3:size=1m planet_cem --kinds vector image
+    python benchmarks/speed.py dreamerv3:size=200m --modes eager compiled --precisions fp32 bf16 --name speed-gpu
+
+A configuration is SCRIPT[:flag=value,...]; `preset=NAME` is a flag too. Each line of the table is measured in a
+process of its own. One update is all that the learner's `update` does: losses, one backward, clipping, optimizer. An
+acting step is the agent's policy for --num-envs environments, planning included where a script plans. Columns:
+
+  * ms per update, per acting step: median after a warm-up. On a CPU with one thread it is CPU time, which other
+    processes do not lengthen; else wall time, on a GPU between synchronisations.
+  * samples/s: rows of the batch per second.
+  * memory: peak of the GPU's allocator, on a CPU of the whole process.
+  * TFLOP: matrix products and convolutions of one update, counted in eager mode; share: of the rate that the device
+    reached in a large matrix product of the same precision, measured here.
+  * error: largest relative difference of a loss from the eager float32 process, after the first update and after the
+    last one before timing. All start from the same weights, data and random numbers; a sampled latent that falls to
+    the other side of a threshold makes it larger than rounding alone.
+"""
+
+import csv
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from common import RESULTS, ROOT, Parser, at_least, fail
+
+WARM_UP = 6  # updates before timing: a CUDA graph is captured at the fourth
+
+# ---- Scripts ---------------------------------------------------------------------------------------------------------
+# A script is measured through one function (script, args, obs_space, device) -> model, learner, batch, compile, spaces.
+
+
+def random_batch(specs, shape, device, highs):
+    """{name: shape + row} of random numbers of the types that the script's replay has."""
+    import torch
+
+    batch = {}
+    for name, (row, dtype) in specs.items():
+        size = (*shape, *row)
+        if dtype == torch.bool:
+            batch[name] = torch.zeros(size, dtype=dtype, device=device)
+        elif dtype.is_floating_point:
+            batch[name] = torch.randn(size, device=device).to(dtype)
+        else:
+            batch[name] = torch.randint(0, highs.get(name, 256), size, dtype=dtype, device=device)
+    return batch
+
+
+def dreamerv3_parts(script, args, obs_space, action_space, device):
+    import torch
+
+    config = script.make_config(args.size, **{k: getattr(args, k) for k in script.SHAPES})
+    discrete, A = hasattr(action_space, "n"), int(getattr(action_space, "n", 0)) or action_space.shape[0]
+    with torch.device(device):
+        model = script.Dreamer(obs_space, action_space, config)
+    shape = args.batch_size, args.batch_length + 1
+    specs = script.Replay.specs(obs_space, A, config)
+    batch = random_batch(specs, shape, device, {"stoch": config["classes"]})
+    if discrete:
+        batch["action"] = torch.eye(A, device=device)[torch.randint(0, A, shape, device=device)]
+    return model, script.Learner(model, args, device), batch, script.compile_model
+
+
+def planet_cem_parts(script, args, obs_space, action_space, device):
+    import torch
+
+    with torch.device(device):
+        model = script.Planet(obs_space, action_space.shape[0], {k: getattr(args, k) for k in script.SHAPES})
+    shape = args.batch_length, args.batch_size
+    batch = random_batch(script.ReplayBuffer.specs(obs_space, action_space.shape[0]), shape, device, {})
+    batch |= {"action": batch["action"].clamp(-1, 1), "mask": torch.ones(shape, device=device)}
+    return model, script.ModelLearner(model, args, device), batch, script.compile_planner
+
+
+# Name: (parts, whether it takes Discrete actions)
+SCRIPTS = {"dreamerv3": (dreamerv3_parts, True), "planet_cem": (planet_cem_parts, False)}
+
+
+def split_config(text):
+    """ "dreamerv3:size=1m,preset=cpu" -> ("dreamerv3", {"size": "1m", "preset": "cpu"})."""
+    name, _, rest = text.partition(":")
+    pairs = [p.partition("=") for p in rest.split(",") if p]
+    if any(not equal for _, equal, _ in pairs):
+        fail(f"{text}: wanted SCRIPT:flag=value,flag=value")
+    if name not in SCRIPTS:
+        fail(f"{text}: no script {name}, there are {', '.join(SCRIPTS)}")
+    if not (ROOT / f"{name}.py").is_file():
+        fail(f"{text}: {name}.py is not in the repository yet")
+    return name, {key.replace("-", "_"): value for key, _, value in pairs}
+
+
+def make_args(script, given, **more):
+    """The script's Args with a preset, given flags as text, and settings of the measurement."""
+    given = dict(given)
+    preset = given.pop("preset", None)
+    if preset is not None and preset not in script.PRESETS:
+        fail(f"preset={preset}: {script.__name__}.py has {', '.join(script.PRESETS)}")
+    values = {}
+    for key, text in given.items():
+        if key not in script.Args.__dataclass_fields__:
+            fail(f"{key}={text}: {script.__name__}.py has no flag --{key.replace('_', '-')}")
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            values[key] = text
+    return script.Args(**script.PRESETS.get(preset, {}) | values | more)
+
+
+# ---- One measurement, in its own process -----------------------------------------------------------------------------
+
+
+def timer(device, threads):
+    """(clock, wait): what time is read from, and what is called before reading it."""
+    import torch
+
+    if device.type == "cuda":
+        return time.perf_counter, torch.cuda.synchronize
+    return (time.process_time if threads == 1 else time.perf_counter), lambda: None
+
+
+def median_seconds(function, device, threads, seconds, least=5):
+    """Median time of a call: at least `least` calls, and for `seconds`."""
+    clock, wait = timer(device, threads)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < least or (time.perf_counter() < end and len(times) < 1000):
+        wait()
+        start = clock()
+        function()
+        wait()
+        times.append(clock() - start)
+    return float(np.median(times))
+
+
+def matrix_rate(device, precision, threads, seconds=2.0):
+    """Floating-point operations per second of a large matrix product; the best of several."""
+    import torch
+
+    n = 8192 if device.type == "cuda" else 1536
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    clock, wait = timer(device, threads)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        wait()
+        start = clock()
+        for _ in range(3):
+            a @ b
+        wait()
+        best = max(best, 3 * 2 * n**3 / (clock() - start))
+    return best
+
+
+def spaces_of(kind, size, discrete):
+    """Observation and action space: an image with 6 actions, or 24 numbers with 6 action dimensions."""
+    import gymnasium as gym
+
+    if kind == "image":
+        obs = gym.spaces.Dict(observation=gym.spaces.Box(0, 255, (size, size, 3), np.uint8))
+    else:
+        obs = gym.spaces.Dict(observation=gym.spaces.Box(-np.inf, np.inf, (24,), np.float32))
+    box = gym.spaces.Box(-1, 1, (6,), np.float32)
+    return obs, gym.spaces.Discrete(6) if discrete and kind == "image" else box
+
+
+def make_policy(script, model, device, args):
+    """The script's policy; some take their flags as a third argument."""
+    import inspect
+
+    extra = [args] if "args" in inspect.signature(script.agent_policy).parameters else []
+    return script.agent_policy(model, device, *extra)
+
+
+def losses_of(output):
+    """The metrics that an update returns, as numbers."""
+    metrics = output[0] if isinstance(output, tuple) else output
+    return {k: float(v) for k, v in metrics.items() if k != "learning_rate"}
+
+
+def one(order):
+    """Measure one line; `order` is what `main` writes. Returns a dict of plain numbers."""
+    import resource
+
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    device = torch.device("cuda" if order["device"] == "cuda" else "cpu")
+    threads, precision = order["threads"], order["precision"]
+    torch.set_num_threads(threads)
+    if order["script"] is None:
+        torch.set_float32_matmul_precision("high")  # as the scripts do
+        return dict(rate=matrix_rate(device, precision, threads))
+    name, given = order["script"], order["given"]
+    script = importlib.import_module(name)
+    parts, discrete = SCRIPTS[name]
+    compiled = order["mode"] == "compiled"
+    args = make_args(script, given, bf16=precision == "bf16", compile=compiled, num_threads=threads)
+    script.seed_everything(args, device)
+    obs_space, action_space = spaces_of(order["kind"], args.image_size, discrete)
+    model, learner, batch, compile_ = parts(script, args, obs_space, action_space, device)
+    out = dict(parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    out["samples"] = args.batch_size * args.batch_length
+    policy, num_envs = make_policy(script, model, device, args), order["num_envs"] or args.num_envs
+    if compiled:
+        import torch._inductor.config
+
+        torch._inductor.config.fallback_random = True  # the random numbers of eager mode, to compare losses
+        compile_(model, learner)
+    torch.manual_seed(0)
+    out["first"] = losses_of(learner.update(batch))
+    for _ in range(WARM_UP - 1):
+        last = learner.update(batch)
+    out["last"] = losses_of(last)
+    learner.check()
+    out["seconds_per_update"] = median_seconds(lambda: learner.update(batch), device, threads, order["seconds"])
+    if device.type == "cuda":
+        out["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        out["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    if not compiled:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            learner.update(batch)
+        out["flop"] = counter.get_total_flops()
+    rng, obs = np.random.default_rng(0), {}
+    for key, space in obs_space.items():
+        size = num_envs, *space.shape
+        value = rng.integers(0, 256, size) if space.dtype == np.uint8 else rng.normal(size=size)
+        obs[key] = value.astype(space.dtype)
+    state, first = [policy(obs, np.ones(num_envs, bool), None)[1]], np.zeros(num_envs, bool)
+
+    def act():
+        state[0] = policy(obs, first, state[0])[1]
+
+    for _ in range(WARM_UP):
+        act()
+    out["seconds_per_act"] = median_seconds(act, device, threads, order["seconds"] / 2)
+    return out | dict(num_envs=num_envs)
+
+
+# ---- All lines and the table -----------------------------------------------------------------------------------------
+
+
+def measure(order, timeout):
+    """`one` in its own process: (what it returned, None) or (None, what went wrong)."""
+    words = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(order)]
+    env = os.environ | {k: str(order["threads"]) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return None, f"not measured within {timeout:g} s"
+    lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
+    if done.returncode:
+        return None, (done.stderr.strip() or lines[-1]).splitlines()[-1]
+    return json.loads(lines[-1]), None
+
+
+def difference(mine, reference):
+    """Largest relative difference of two dicts of losses, and whose it is. Losses near 0 count against 1 % of the
+    largest one, not against themselves."""
+    floor = 0.01 * max(abs(v) for v in reference.values())
+    errors = {k: abs(mine[k] - v) / max(abs(v), floor) for k, v in reference.items()}
+    name = max(errors, key=errors.get)
+    return errors[name], name
+
+
+def plan(flags, device):
+    """The lines to measure, the eager float32 one of each configuration first: the others are compared with it."""
+    orders = []
+    for text in flags.configs:
+        name, given = split_config(text)
+        for kind in flags.kinds:
+            for precision in sorted(flags.precisions, reverse=True):
+                for mode in sorted(flags.modes, reverse=True):
+                    order = dict(config=text, script=name, given=given, kind=kind, precision=precision, mode=mode)
+                    orders.append(order | dict(num_envs=flags.num_envs, seconds=flags.seconds))
+    common = dict(device=device, threads=flags.threads)
+    return [o | common for o in orders]
+
+
+HEAD = ["script", "observations", "mode", "precision", "parameters", "batch rows", "ms per update", "samples/s"]
+HEAD += ["ms per acting step", "environments", "memory, GB", "TFLOP per update", "TFLOP/s", "share", "error", "later"]
+
+
+def cells_of(row):
+    def show(key, form, scale=1.0):
+        return "-" if row.get(key) is None else format(row[key] * scale, form)
+
+    error = [f"{row[k]:.1e} ({row[k + '_of']})" if k in row else "-" for k in ("error", "error_later")]
+    cells = [row["config"], row["kind"], row["mode"], row["precision"]]
+    if row.get("problem"):
+        return [*cells, row["problem"], *["-"] * (len(HEAD) - 5)]
+    cells += [show("parameters", ",d", 1), show("samples", ",d", 1), show("seconds_per_update", ".2f", 1e3)]
+    cells += [show("samples_per_s", ",.0f"), show("seconds_per_act", ".2f", 1e3), show("num_envs", "d", 1)]
+    cells += [show("memory_gb", ".2f"), show("flop", ".3g", 1e-12), show("flops", ".3g", 1e-12), show("share", ".1%")]
+    return cells + error
+
+
+def rows_of(orders, results, rates):
+    """Lines of the table from what was measured: [(found, problem), ...] in the order of `plan`, rates by precision."""
+    rows, references, flops = [], {}, {}
+    for order, (found, problem) in zip(orders, results, strict=False):
+        group, precision = (order["config"], order["kind"]), order["precision"]
+        row = {k: order[k] for k in ("config", "kind", "mode", "precision", "device", "threads")} | {"problem": problem}
+        rows.append(row)
+        if not found:
+            continue
+        row |= found
+        if order["mode"] == "eager" and precision == "fp32":
+            references[group] = found
+        flops.setdefault(group, found.get("flop"))
+        row["flop"] = flops[group]
+        row["samples_per_s"] = found["samples"] / found["seconds_per_update"]
+        row["flops"] = row["flop"] / found["seconds_per_update"] if row["flop"] else None
+        row["share"] = row["flops"] / rates[precision] if row["flops"] and rates.get(precision) else None
+        if group in references and references[group] is not found:
+            row["error"], row["error_of"] = difference(found["first"], references[group]["first"])
+            row["error_later"], row["error_later_of"] = difference(found["last"], references[group]["last"])
+    return rows
+
+
+def rate_order(device, threads, precision):
+    """What `measure` needs to measure the device's matrix rate."""
+    return dict(script=None, device=device, threads=threads, precision=precision)
+
+
+def table_of(rows):
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    return "\n".join(lines + ["| " + " | ".join(cells_of(row)) + " |" for row in rows])
+
+
+def run_all(orders, timeout):
+    """Measure everything; print a line per order as it comes. Returns the rows and the device's matrix rates."""
+    print(table_of([]), flush=True)
+    results, rates = [], {}
+    for order in orders:
+        if order["precision"] not in rates:
+            found, _ = measure(rate_order(order["device"], order["threads"], order["precision"]), timeout)
+            rates[order["precision"]] = found["rate"] if found else None
+        results.append(measure(order, timeout))
+        print("| " + " | ".join(cells_of(rows_of(orders, results, rates)[-1])) + " |", flush=True)
+    return rows_of(orders, results, rates), rates
+
+
+def hardware(device, threads):
+    import platform
+
+    import torch
+
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            name = next((x.split(":")[1].strip() for x in f if x.startswith("model name")), name)
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("configs", nargs="*", help="SCRIPT[:flag=value,...]")
+    parser.add_argument("--kinds", nargs="+", default=["vector", "image"], choices=["vector", "image"])
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], help="default: fp32, on a GPU both")
+    parser.add_argument("--no-cuda", action="store_true", help="measure on the CPU")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--num-envs", type=at_least(1), help="environments of an acting step (default: the script's)")
+    parser.add_argument("--seconds", type=at_least(0.0, float), default=5.0, help="least time per number (default: 5)")
+    parser.add_argument("--timeout", type=at_least(1.0, float), default=900.0, help="seconds per line (default: 900)")
+    parser.add_argument("--name", help="also write NAME.md and NAME.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where to write (default: benchmarks/results)")
+    parser.add_argument("--one", help="measure one line, given as JSON (used by this program)")
+    flags = parser.parse_args()
+    if flags.one:
+        return print(json.dumps(one(json.loads(flags.one))))
+    if not flags.configs:
+        fail(f"wanted SCRIPT[:flag=value,...], for example dreamerv3:size=1m; there are {', '.join(SCRIPTS)}")
+    if flags.name and Path(flags.name).name != flags.name:
+        fail(f"--name must be a file name, got {flags.name!r}")
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() and not flags.no_cuda else "cpu"
+    flags.precisions = flags.precisions or (["fp32", "bf16"] if device == "cuda" else ["fp32"])
+    if device == "cpu" and "bf16" in flags.precisions:
+        fail("--precisions bf16: the scripts compute in float32 on a CPU")
+    sys.path.insert(0, str(ROOT))
+    for text in flags.configs:  # wrong flags are found before anything is measured
+        name, given = split_config(text)
+        make_args(importlib.import_module(name), given)
+    rows, rates = run_all(plan(flags, device), flags.timeout)
+    rate = ", ".join(f"{v / 1e12:.3g} TFLOP/s in {k}" for k, v in rates.items() if v)
+    note = f"{hardware(device, flags.threads)}; large matrix products: {rate}."
+    print("\n" + note)
+    if flags.name:
+        flags.results.mkdir(parents=True, exist_ok=True)
+        text = (
+            f"# {flags.name}\n\nWritten by `benchmarks/speed.py`; its first lines say what the columns are. {note}\n\n"
+        )
+        (flags.results / f"{flags.name}.md").write_text(text + table_of(rows) + "\n", encoding="utf-8")
+        flat = [{k: v for k, v in r.items() if not isinstance(v, dict)} for r in rows]
+        with open(flags.results / f"{flags.name}.csv", "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, list(dict.fromkeys(k for r in flat for k in r)), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(flat)
+    raise SystemExit(1 if any(r["problem"] for r in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()

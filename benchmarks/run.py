@@ -393,16 +393,24 @@ def requeueing(words):
 
     class Requeueing(submitit.helpers.Checkpointable):
         def __init__(self, words):
-            self.words, self.process = words, None
+            self.words, self.pid = words, None
 
         def __call__(self):
-            self.process = subprocess.Popen(self.words)
-            return self.process.wait()
+            process = subprocess.Popen(self.words)
+            self.pid = process.pid
+            return self.wait()
+
+        def wait(self):
+            # NOTE: not Popen.wait, whose lock would be held when the signal handler below comes in the middle of it.
+            try:
+                return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            except ChildProcessError:
+                return None
 
         def checkpoint(self):
-            if self.process:
-                self.process.terminate()
-                self.process.wait()
+            if self.pid:
+                os.kill(self.pid, signal.SIGTERM)
+                self.wait()
             return submitit.helpers.DelayedSubmission(type(self)(self.words))
 
     return Requeueing(words)
@@ -548,6 +556,8 @@ def lock_folder(folder):
 
 def run_one(flags):
     """--job FOLDER: one job that was prepared by --cluster, on the machine where it landed."""
+    if hasattr(signal, "SIGUSR2"):  # Slurm warns every process of a job; submitit's is the one that acts on it
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     info = read_json(Path(flags.job) / "job.json")
     if not info:
         fail(f"--job {flags.job}: no job.json")

@@ -258,7 +258,7 @@ def aggregate_table(tasks, published):
             made = {name: STATISTICS[name](values) for name in ("mean", "median")} | known.get(agent, {})
             cells = [shown, str(len(values)), BLANK]
             lines.append(cells + [x for name in STATISTICS for x in (number(made.get(name), 3), BLANK)])
-    return markdown(head, lines) if ours else ""
+    return markdown(head, lines) if any(len(scores) > 1 for scores in ours.values()) else ""
 
 
 def cost_table(tasks):
@@ -367,7 +367,8 @@ def draw_curves(axis, runs, tag, color, style, name, bins=50):
     rows = np.stack([binned(s, v, edges) for s, v in found])
     seen = np.isfinite(rows).all(0)
     middle, (mean, around) = edges[1:][seen], band(rows[:, seen])
-    axis.plot(middle, mean, color=color, linestyle=style, label=name)
+    marker = dict(marker="o", markersize=3) if len(mean) < 8 else {}
+    axis.plot(middle, mean, color=color, linestyle=style, label=name, **marker)
     if around is not None:
         axis.fill_between(middle, *around, color=color, alpha=0.2, linewidth=0)
 

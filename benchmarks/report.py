@@ -131,7 +131,9 @@ def read_run(run, result, curves):
     if "--resume" in words:  # the last start's; what defines the run was said at the first one
         first = job.get("command") or [f"{start['script']}.py", "--preset", start["args"]["preset"]]
         words = first[next(i for i, w in enumerate(first) if w.endswith(".py")) :]
-    row["command"] = [Path(words[0]).name, *words[1:]]
+    path = Path(words[0])
+    name = f"benchmarks/{path.name}" if path.parent.name == "benchmarks" else path.name
+    row["command"] = [name, *words[1:]]
     row |= {k: v for k, v in result.items() if k not in ("returns", "run")}
     row |= {tag: float(v[-1]) for tag in DREAMS if len(v := curves(f"eval/{tag}")[1])}
     paces = curves("charts/updates_per_s")[1]

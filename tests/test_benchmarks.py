@@ -598,6 +598,33 @@ def test_wrong_input_of_the_dreams(world, capsys):
     assert not Path("res").exists()
 
 
+# ---- The model-free baseline -----------------------------------------------------------------------------------------
+
+
+def test_baseline_stops_goes_on_and_is_reported(home):
+    pytest.importorskip("stable_baselines3")
+    words = ["--preset", "cpu", "--algo", "dqn", "--no-cuda", "--total-timesteps", 1500]
+    argv = [sys.executable, str(BENCHMARKS / "sb3.py"), *map(str, words)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("global_step"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    (path,) = home.glob("runs/*")
+    assert (path / "ckpt.pt").exists() and not (path / "result.json").exists()
+    done = call("sb3", *words, "--resume", path)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("episodic_return "), done.stderr
+    result, _ = common.read_result(path)
+    assert 1500 <= result["global_step"] < 1504 and len(result["returns"]) == 10 and result["updates"] > 0
+    assert 8 < result["random_return"] < 60
+    shutil.copy(ROOT / "README.md", "R.md")
+    assert call("report", "runs", "--name", "x", "--results", "res", "--readme", "R.md").returncode == 0
+    wrong = call("sb3", *words, "--algo", "ppo", "--resume", path)
+    assert wrong.returncode == 2 and "--resume" in wrong.stderr
+
+
 # ---- Speed and the GPU check -----------------------------------------------------------------------------------------
 
 
@@ -671,6 +698,7 @@ def test_gpu_check_in_slices(home, monkeypatch):
 @pytest.mark.parametrize("tool, argv, named", [
     ("speed", [], "wanted SCRIPT"), ("speed", ["nope"], "no script nope"), ("speed", ["dreamerv3:x"], "dreamerv3:x"),
     ("speed", ["dreamerv3:sizes=1m"], "sizes=1m"), ("speed", ["dreamerv3:preset=nope"], "preset=nope"),
+    ("sb3", ["--algo", "nope"], "--algo"),
     ("gpu", ["--allow-cpu", "--suite", "nope"], "--suite nope"), ("gpu", ["--minutes", "0"], "--minutes"),
 ])  # fmt: skip
 def test_wrong_input_of_speed_and_gpu(home, tool, argv, named):

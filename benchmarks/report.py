@@ -458,11 +458,12 @@ def main():
         if videos:
             shutil.copy(videos[-1], place.with_name(flags.name + ".gif"))
             pictures.append(flags.name + ".gif")
-        write_csv(list(rows.values()), place.with_name(flags.name + ".csv"))
+        ordered = [row for agents in tasks.values() for same in agents.values() for row in same]
+        write_csv(ordered, place.with_name(flags.name + ".csv"))
         place.with_name(flags.name + ".md").write_text(
             document(flags.name, tasks, published, skipped, pictures), encoding="utf-8"
         )
-        write_json(list(rows.values()), place.with_name(flags.name + ".json"))
+        write_json(ordered, place.with_name(flags.name + ".json"))
         print(f"{len(rows)} runs in {flags.results / flags.name}.md")
         for run, problem in skipped:
             print(f"not counted: {run}: {problem}", file=sys.stderr)

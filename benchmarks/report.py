@@ -376,7 +376,7 @@ def draw_curves(axis, runs, tag, color, style, name, bins=50):
 
 
 def picture(tasks, curves, published, path):
-    """NAME.png: returns against agent steps, one panel per task; for up to three tasks the dream's error below."""
+    """NAME.png: returns against agent steps, one panel per task; for up to three tasks the dreams' error too."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -388,11 +388,12 @@ def picture(tasks, curves, published, path):
     dreams = len(tasks) <= 3 and any(f"eval/{d}" in seen.tags for seen in by.values() for d in DREAMS)
     columns = len(tasks) if dreams else min(4, len(tasks))
     lines = 2 if dreams else -(-len(tasks) // columns)
+    lines, columns = (1, 2) if dreams and len(tasks) == 1 else (lines, columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.2 * lines + 0.6), squeeze=False)
     for axis in axes.flat[lines * columns if dreams else len(tasks) :]:
         axis.axis("off")
     for i, (task, there) in enumerate(tasks.items()):
-        top = axes.flat[i]
+        top, below = axes.flat[i], axes.flat[len(tasks) + i] if dreams else None
         for agent, rows in there.items():
             runs = [by[task, agent, r["seed"]] for r in rows]
             short = "\n    ".join(textwrap.wrap(agent, 44, max_lines=2, placeholder=" ...", break_on_hyphens=False))
@@ -400,7 +401,7 @@ def picture(tasks, curves, published, path):
             draw_curves(top, runs, "charts/episodic_return", colors[agent], "-", name)
             if dreams:
                 for style, (tag, what) in zip(("-", "--", ":"), DREAMS.items()):
-                    draw_curves(axes[1, i], runs, f"eval/{tag}", colors[agent], style, what)
+                    draw_curves(below, runs, f"eval/{tag}", colors[agent], style, what)
         chance = mean_of([r for rows in there.values() for r in rows], "random_return")
         if chance is not None:
             top.axhline(chance, color="gray", linestyle=":", label="random policy")
@@ -409,8 +410,8 @@ def picture(tasks, curves, published, path):
             top.axhline(human, color="black", linestyle=":", label="human")
         top.set(title=task, xlabel="agent steps", ylabel="episodic return")
         if dreams:
-            axes[1, i].set(xlabel="agent steps", ylabel="mean squared error", title="dreams about fresh episodes")
-            axes[1, i].set_yscale("log")
+            below.set(xlabel="agent steps", ylabel="mean squared error", title="dreams about fresh episodes")
+            below.set_yscale("log")
     for axis in axes.flat:
         if axis.has_data():
             axis.locator_params(axis="x", nbins=5)

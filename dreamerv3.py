@@ -2161,6 +2161,8 @@ def check_args(args, config):
         assert isinstance(json.loads(args.env_kwargs), dict)
     except (ValueError, AssertionError):
         fail(f"--env-kwargs must be a JSON object, got {args.env_kwargs!r}")
+    if env_family(args) == "dm_control" and json.loads(args.env_kwargs):
+        fail(f"--env-kwargs has no meaning for {args.env_id}, got {args.env_kwargs}")
     if args.track:
         try:
             __import__(args.track)
@@ -2243,9 +2245,9 @@ def main(args):  # shared
         return play(args) if args.play else evaluate_run(args) if args.evaluate else train(args)
     except EnvFault as e:
         traceback.print_exc()
-        raise SystemExit(f"{e}; the last checkpoint is untouched") from None
+        raise SystemExit(f"{e}; checkpoints are untouched") from None
     except FloatingPointError as e:
-        raise SystemExit(f"{e}; the last checkpoint, ckpt.pt, is from before it") from None
+        raise SystemExit(f"{e}; ckpt.pt, if there is one, is from before it") from None
 
 
 def train(args):

@@ -31,6 +31,8 @@ Paper [P], authors' released code [O] (google-research/planet) and this file, wh
   * Replay draws episodes uniformly; [O] does so up to 500 episodes and then gives recent ones half of the draws.
   * Observations without pixels (`--no-pixels`) pass through two dense layers; neither [P] nor [O] has this mode.
   * Smaller images have fewer convolutions and a larger image loss, (64 / size)^2: else the KL would outweigh them.
+  * Adam is torch's, whose eps is added after the bias correction; TensorFlow's comes before it and is larger early on.
+  * Episodes shorter than a chunk are padded and the padding is masked; the paper's tasks have none.
   * [O] has a phase machine with 5 random test episodes; here each report plays one test episode with the planner.
 
 PlaNet plans over 12 steps of predicted reward, without a value beyond them and without a model of early ends: it suits
@@ -48,6 +50,7 @@ Time comes first, batch second. Time convention, everywhere: row t holds observa
 that LED to it. The first row of an episode has action 0 and reward 0.
 """
 
+import contextlib
 import copy
 import ctypes
 import json
@@ -94,7 +97,7 @@ class Args:
     cuda: bool = True
     """use the GPU if there is one"""
     compile: bool = True
-    """torch.compile the recurrent steps, and on a GPU capture update and planner in CUDA graphs"""
+    """torch.compile recurrent steps, encoder and decoder, and on a GPU capture update and planner in CUDA graphs"""
     bf16: bool = True
     """convolutions in bfloat16 on a GPU (dynamics, losses and planning stay float32); on a CPU always float32"""
     num_threads: Optional[int] = None
@@ -189,7 +192,7 @@ class Args:
 
     # ---- Optimization
     buffer_size: int = 2_000_000
-    """replay capacity in rows; never more is allocated than --total-timesteps can fill"""
+    """replay capacity in rows; never more is allocated than --total-timesteps can fill with episodes of full length"""
     replay_cuda: bool = True
     """keep the replay on the GPU if it fits there, otherwise in host memory"""
     seed_episodes: int = 5
@@ -221,7 +224,7 @@ class Args:
 # fmt: off
 PRESETS = {
     "full": {},
-    # A laptop: cartpole swing-up from its state instead of pixels, 82 thousand parameters, 8 planned episodes.
+    # A laptop: cartpole swing-up from its state instead of pixels, 66 thousand parameters, 8 planned episodes.
     "cpu": dict(
         pixels=False, total_timesteps=1_625, belief_size=64, state_size=16, hidden_size=64, reward_layers=2,
         reward_units=64, kl_free=1.0, plan_iterations=5, plan_candidates=300, plan_elites=30, batch_size=32,
@@ -234,7 +237,7 @@ PRESETS = {
 PRESETS["cpu_pixels"] = PRESETS["cpu"] | dict(
     pixels=True, image_size=32, cnn_depth=8, fast_render=True, batch_size=16, batch_length=20, eval_episodes=2,
 )
-# The paper's table of action repeats (appendix A), in environment steps per agent step.
+# The paper's action repeats (appendix A; balance: its first version), in environment steps per agent step.
 ACTION_REPEAT = {
     "cartpole-swingup": 8, "cartpole-balance": 8, "reacher-easy": 4, "cheetah-run": 4, "finger-spin": 2,
     "ball_in_cup-catch": 4, "walker-walk": 2,
@@ -261,7 +264,7 @@ RANGES = {
 
 def preprocess(img, bits=5, noise=True):
     """Integers 0..255 of any shape -> reduced to `bits` bits, dequantised, float32 in [-0.5, 0.5). noise: True draws
-    U(0, 1) anew, False adds none, a tensor of the image's shape is taken as it is."""
+    U(0, 1) anew, False adds none, a tensor (of the image's shape, or one number) is taken as it is."""
     # NOTE: the noise is part of the model's input, also when acting: a Gaussian decoder fits a continuous density, and
     # without it the density at the 32 levels could grow without bound.
     level = torch.div(img.int(), 2 ** (8 - bits), rounding_mode="floor").float()
@@ -480,6 +483,9 @@ class Rssm(nn.Module):
         # NOTE: one hidden layer in prior and posterior, as in the authors' code; the paper says two.
         self.prior_net = relu_mlp(belief, hidden, 1, 2 * sample)
         self.post_in, self.post_out = dense(belief + embed, hidden), dense(hidden, 2 * sample)
+        for head in (self.prior_net[-1], self.post_out):  # mean and deviation are layers of their own: so is their init
+            for half in head.weight.chunk(2):
+                nn.init.xavier_uniform_(half)
 
     def initial(self, n, device=None):
         """Zero state of n environments."""
@@ -511,13 +517,13 @@ class Rssm(nn.Module):
 
     def posterior(self, state, action, embed, noise=None):
         """One step with an observation: state (N, .), the action (N, A) that led to it, embedding (N, E) -> State."""
-        belief = self.core(state.sample, state.belief, action)
-        # NOTE: the posterior sees the belief of the same step.
-        return self.draw(self.post_out(torch.relu(self.post_in(torch.cat([belief, embed], -1)))), belief, noise)
+        action_in = F.linear(action, self.inp.weight[:, self.sample :], self.inp.bias)
+        token = F.linear(embed, self.post_in.weight[:, self.belief :], self.post_in.bias)
+        return self.post_step(state.sample, state.belief, action_in, token, noise)
 
-    def post_step(self, sample, belief, action_in, token, noise):
-        """`posterior` with the shares of action and embedding in their layers already computed."""
-        belief = self.core_step(sample, belief, action_in)
+    def post_step(self, sample, belief, action_in, token, noise=None):
+        """`posterior` with the shares of action and embedding in their layers already computed, (N, X) each."""
+        belief = self.core_step(sample, belief, action_in)  # NOTE: the posterior sees the belief of the same step
         x = torch.relu(token + F.linear(belief, self.post_in.weight[:, : self.belief]))
         return self.draw(self.post_out(x), belief, noise)
 
@@ -528,13 +534,13 @@ class Rssm(nn.Module):
         # Only what depends on the state stays in the loop; embeddings and actions go through their layers as one batch.
         token = F.linear(embed, self.post_in.weight[:, self.belief :], self.post_in.bias)  # (T, B, X)
         action_in = F.linear(prev_action, self.inp.weight[:, self.sample :], self.inp.bias)  # (T, B, X)
-        noise = torch.randn(*embed.shape[:2], self.sample, device=embed.device, generator=generator)
+        draw = lambda: torch.randn(*token.shape[:2], self.sample, device=token.device, generator=generator)  # noqa: E731
         states = []
-        for inputs in zip(action_in.unbind(0), token.unbind(0), noise.unbind(0)):
+        for inputs in zip(action_in.unbind(0), token.unbind(0), draw().unbind(0)):
             state = self.post_step(state.sample, state.belief, *inputs)  # NOTE: goes on from the posterior's sample
             states.append(state)
         post = State(*(torch.stack(x) for x in zip(*states)))  # (T, B, .)
-        return self.draw(self.prior_net(post.belief), post.belief), post
+        return self.draw(self.prior_net(post.belief), post.belief, draw()), post
 
     def imagine(self, state, actions, noise=None):
         """Roll the prior out: state (B, .), actions (H, B, A) -> States (H, B, .). noise: (H, B, S) or None."""
@@ -605,9 +611,8 @@ class Planet(nn.Module):
         """One step of filtering: obs {key: (B, ...)}, first (B,): an episode begins, the state before, the executed
         action (B, A). Returns the posterior State (B, .)."""
         keep = 1 - first.float().unsqueeze(-1)
-        return self.rssm.posterior(
-            State(*(x * keep for x in state)), previous * keep, self.encoder(self.inputs(obs))
-        )  # fmt: skip
+        embed = self.encoder(self.inputs(obs))  # (B, E)
+        return self.rssm.posterior(State(*(x * keep for x in state)), previous * keep, embed)
 
 
 def count_params(model):
@@ -647,6 +652,16 @@ def model_loss(model, batch, args):
         reward = reward_log_prob(model.reward(feat).squeeze(-1), batch["reward"] * args.reward_scale)  # (T, B)
         # NOTE: gradients into both sides, no balancing, no stop-gradient.
         kl = kl_divergence(post.mean, post.stddev, prior.mean, prior.stddev)  # (T, B)
+        far_kl = torch.zeros((), device=kl.device)
+        if args.overshooting > 1:
+            far, inside = overshooting(model.rssm, post, batch["action"], args.overshooting)
+            D, T = inside.shape
+            # NOTE: the posterior is a fixed target here: only the priors learn to see further.
+            target = [torch.cat([x.detach(), x.detach()]).unfold(0, T, 1)[:D].movedim(-1, 1) for x in post[1:3]]
+            excess = (kl_divergence(*target, far.mean, far.stddev) - args.kl_free).clamp(min=0)  # (distances, T, B)
+            valid = inside.unsqueeze(-1) * torch.cat([mask, 0 * mask]).unfold(0, T, 1)[:D].movedim(-1, 1)
+            # Distances from 2 on, each with its own mean and the weight beta / D; distance 1 is the KL above.
+            far_kl = ((excess * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1))[1:].sum() / D
     recon, losses = model.decoder(feat), {}
     for k, x in obs.items():
         image = x.dim() == 5
@@ -656,14 +671,7 @@ def model_loss(model, batch, args):
     losses["reward"] = -args.reward_loss_scale * masked_mean(reward, mask)
     losses["kl"] = args.kl_scale * free_nats_loss(kl, args.kl_free, mask)
     if args.overshooting > 1:
-        far, inside = overshooting(model.rssm, post, batch["action"], args.overshooting)
-        D, T = inside.shape
-        # NOTE: the posterior is a fixed target here: only the priors learn to see further.
-        target = [torch.cat([x.detach(), x.detach()]).unfold(0, T, 1)[:D].movedim(-1, 1) for x in post[1:3]]
-        far_kl = kl_divergence(*target, far.mean, far.stddev)[1:]  # (D'-1, T, B): distances 2 to D'
-        valid = (inside.unsqueeze(-1) * torch.cat([mask, 0 * mask]).unfold(0, T, 1)[:D].movedim(-1, 1))[1:]
-        excess = ((far_kl - args.kl_free).clamp(min=0) * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)  # (D'-1,)
-        losses["overshooting"] = args.overshooting_scale / D * excess.sum()
+        losses["overshooting"] = args.overshooting_scale * far_kl
     metrics = {"kl_nats": masked_mean(kl, mask), "reward_mse": masked_mean(-2 * reward - math.log(2 * math.pi), mask)}
     return losses, {k: v.detach() for k, v in metrics.items()}
 
@@ -708,6 +716,8 @@ class ModelLearner:
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         self.opt.load_state_dict(state["optimizer"])
+        for group in self.opt.param_groups:  # the run may have begun on another kind of device
+            group["capturable"] = self.device.type == "cuda"
 
 
 # [optional: compile
@@ -810,9 +820,14 @@ class ReplayBuffer:
         return {k: v[rows] for k, v in self.data.items()} | {"mask": mask}
 
     def state_dict(self):
-        rows = [np.arange(first, first + n) % self.capacity for first, n in self.episodes]
-        rows = torch.as_tensor(np.concatenate(rows) if rows else np.zeros(0, np.int64), device=self.device)
-        kept = {k: v[rows].cpu() for k, v in self.data.items()}
+        kept = {}
+        total = sum(n for _, n in self.episodes)
+        for k, v in self.data.items():  # one episode at a time: a replay on a GPU may fill most of it
+            kept[k], at = torch.empty(total, *v.shape[1:], dtype=v.dtype), 0
+            for first, n in self.episodes:
+                rows = torch.arange(first, first + n, device=self.device) % self.capacity
+                kept[k][at : at + n] = v[rows].cpu()
+                at += n
         return {"rows": kept, "lengths": [n for _, n in self.episodes], "rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state):
@@ -1383,7 +1398,8 @@ class DreamEnv(gym.Env):
 def play(args):
     """Play inside the dream: pairs of keys move the dimensions of the action."""
     check_args(args)
-    env = DreamEnv(args.play)
+    device = choose_device(args)
+    env = DreamEnv(args.play, device=device)
     n = env.model.action_dim
     if env.context is None:
         fail(f"{args.play} has no episode to start a dream from: go on with --resume first")
@@ -1392,14 +1408,15 @@ def play(args):
         path = os.path.join(args.play, "eval-dream.gif")
         torch.manual_seed(args.seed)
         obs, _ = env.reset(seed=args.seed)
-        frames, policy, state = [env.render()], agent_policy(env.model, "cpu", args), None
+        frames, policy, state = [env.render()], agent_policy(env.model, device, args), None
+        say(f"no display to play on: the planner dreams {min(100, env.max_steps)} steps")
         for t in range(min(100, env.max_steps)):
             obs = {"observation": obs} if env.single else obs
             action, state = policy({k: v[None] for k, v in obs.items()}, np.array([t == 0]), state)
             obs = env.step(action[0])[0]
             frames.append(env.render())
         save_gif(frames, path)
-        return say(f"no display to play on: wrote the planner's dream to {path}")
+        return say(f"wrote {path}")
     from gymnasium.utils.play import play as play_env
 
     keys = "1234567890abcdefghijklmnopqrstuvwxyz"
@@ -1828,6 +1845,8 @@ def check_args(args):
         assert isinstance(json.loads(args.env_kwargs), dict)
     except (ValueError, AssertionError):
         fail(f"--env-kwargs must be a JSON object, got {args.env_kwargs!r}")
+    if env_family(args) == "dm_control" and json.loads(args.env_kwargs):
+        fail(f"--env-kwargs has no meaning for {args.env_id}, got {args.env_kwargs}")
     if args.track:
         try:
             __import__(args.track)
@@ -1861,7 +1880,8 @@ def probe_env(args):
             fail(f"{flag}: observations must be images or vectors, {k!r} is {s} (Discrete)")
         if len(s.shape) == 3 and args.image_size not in KERNELS:
             fail(f"--image-size must be one of {', '.join(map(str, KERNELS))}, got {args.image_size}")
-    limit = 1000 if family == "dm_control" else env.spec.max_episode_steps if env.spec else None
+    suite_limit = env.unwrapped.env._step_limit if family == "dm_control" else math.inf  # inf: none
+    limit = int(suite_limit) if suite_limit < math.inf else env.spec.max_episode_steps if env.spec else None
     limit = -(-limit // repeat_of(args)) if limit else None
     limit = min(limit or args.max_episode_steps, args.max_episode_steps) if args.max_episode_steps else limit
     if not limit:
@@ -1876,6 +1896,10 @@ def evaluate_run(args):
     state = load_checkpoint(args.evaluate, "planet_cem")
     if state["random_return"] is None:
         fail(f"{args.evaluate} was stopped before its first episode: go on with --resume first")
+    for name in SHAPES:
+        if getattr(args, name) != state["config"][name]:
+            flag, trained = "--" + name.replace("_", "-"), state["config"][name]
+            fail(f"{flag} is {trained} in {args.evaluate}, got {getattr(args, name)}: a trained model cannot change it")
     for found, name in zip(probe_env(args), ("observation", "action")):
         if space_to(found) != state["spaces"][name]:
             trained = space_from(state["spaces"][name])
@@ -1927,9 +1951,14 @@ def main(args):  # shared
         return play(args) if args.play else evaluate_run(args) if args.evaluate else train(args)
     except EnvFault as e:
         traceback.print_exc()
-        raise SystemExit(f"{e}; the last checkpoint is untouched") from None
+        raise SystemExit(f"{e}; checkpoints are untouched") from None
     except FloatingPointError as e:
-        raise SystemExit(f"{e}; the last checkpoint, ckpt.pt, is from before it") from None
+        raise SystemExit(f"{e}; ckpt.pt, if there is one, is from before it") from None
+
+
+def uncompiled(args):
+    """Run what is compiled eagerly inside: other batch sizes and lengths are not worth a compilation each."""
+    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 
 
 def train(args):
@@ -2058,6 +2087,8 @@ def train(args):
         stopped()
     start, clock = (time.time(), global_step, updates), time.process_time if device == cpu else time.time
     mark, update_seconds, plan_seconds = start, 0.0, 0.0
+    # Algorithm 1 fits first and then collects; here a round begins with the collection, since the random episodes at
+    # the start are collections too. The order of events is the same.
     while global_step < total or due or pending:
         # Collect one episode per environment: random ones at first, then by planning with exploration noise.
         if not due and not pending:
@@ -2086,7 +2117,7 @@ def train(args):
                 due = args.updates_per_episode * N
 
         # Fit the model to chunks of past episodes.
-        began, todo = clock(), due
+        began = clock()
         while due and not stop.signum:
             batch = replay.sample(args.batch_size, args.batch_length)
             try:
@@ -2098,10 +2129,6 @@ def train(args):
             if device == cpu:  # on a GPU this would wait for the device: there, when metrics are read
                 learner.check(f"step {global_step}, update {updates}")
         update_seconds += clock() - began
-        # [optional: compile
-        if args.compile and todo and episodes > seed_episodes + N:  # what was not compiled by now runs eagerly
-            torch.compiler.set_stance("eager_on_recompile")
-        # compile]
         if stop.signum:
             learner.check(f"step {global_step}, update {updates}")
             stopped()
@@ -2110,13 +2137,14 @@ def train(args):
         ending = global_step >= total
         if passed(args.report_every, global_step, stride) and updates:
             before = now()
-            found, _ = collect(args, tests, agent_policy(model, device, args), stop)
-            if found is None:
-                stopped(before)
-            test_return = float(found[0]["reward"].sum())
-            logger.scalars({"eval/episodic_return": test_return}, global_step)
-            say(f"test episode at step {global_step}, without exploration: {test_return:.1f}")
-            report(model, obs_space, found[0], args, run, global_step, device, logger)
+            with uncompiled(args):
+                found, _ = collect(args, tests, agent_policy(model, device, args), stop)
+                if found is None:
+                    stopped(before)
+                test_return = float(found[0]["reward"].sum())
+                logger.scalars({"eval/episodic_return": test_return}, global_step)
+                say(f"test episode at step {global_step}, without exploration: {test_return:.1f}")
+                report(model, obs_space, found[0], args, run, global_step, device, logger)
         if passed(args.log_every, global_step, stride) or ending:
             learner.check(f"step {global_step}, update {updates}")
             seconds, steps, count = (a - b for a, b in zip((time.time(), global_step, updates), mark))
@@ -2127,27 +2155,32 @@ def train(args):
             tags = {f"charts/{k}": v for k, v in tags.items()}
             logger.scalars(tags | {f"losses/{k}": float(v) for k, v in metrics.items()}, global_step)
             pace = f"episodes={episodes}, updates={updates}, SPS={tags['charts/SPS']:.0f}"
-            kind = "" if recent else " (random actions)"
+            kind = " (random actions)" if episodes - N < seed_episodes else ""
             say(f"global_step={global_step}, episodic_return={np.mean(returns):.1f}{kind}, {pace}")
         pending = False
         if passed(args.save_every, global_step, stride) or ending:
             learner.check(f"step {global_step}, update {updates}")
             save()
-    envs.close()
+    for v in vectors:
+        v.close()
 
     # Final evaluation on fresh episodes without exploration, and the self-check against --target-return.
     seconds, steps, count = (a - b for a, b in zip((time.time() + 1e-9, global_step, updates), start))
     unit = "CPU seconds" if device == cpu else "seconds"
-    pace = f"{update_seconds / max(1, count):.4f} {unit} per update, {plan_seconds:.4f} per agent step when planning"
+    pace = f"{update_seconds / max(1, count):.4f} {unit} per update"
+    pace += f", {plan_seconds:.4f} per agent step, planning included" if plan_seconds else ""
     say(f"{seconds / 60:.1f} minutes, {steps / seconds:.0f} agent steps/s, {count / seconds:.2f} updates/s, {pace}")
     finals, before = make_envs(args, args.eval_episodes, 1), now()
-    found, _ = collect(args, finals, agent_policy(model, device, args), stop)
+    with uncompiled(args):
+        found, _ = collect(args, finals, agent_policy(model, device, args), stop)
     finals.close()
     if found is None:
         stopped(before)
     if args.capture_video:
         save_gif(episode_frames(found[0]), os.path.join(run, "videos", "episode.gif"))
-    returns, errors = [float(e["reward"].sum()) for e in found], open_loop(model, found, device, 5, args.reward_scale)
+    returns = [float(e["reward"].sum()) for e in found]
+    with uncompiled(args):
+        errors = open_loop(model, found, device, reward_scale=args.reward_scale)
     say(horizon_table(errors))
     score, std = float(np.mean(returns)), float(np.std(returns))
     logger.scalars({"eval/episodic_return": score, "eval/episodic_return_std": std}, global_step)

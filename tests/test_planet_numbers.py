@@ -1624,7 +1624,9 @@ def test_dream_context_is_filtered_with_the_shifted_actions(run):
     that of filtering row by row with the generator's noise; then one step of the prior, reward in real units."""
     env = p.DreamEnv(run[0])
     options = context_of(env)
+    random_state = torch.get_rng_state()
     env.reset(seed=3, options=options)
+    assert torch.equal(random_state, torch.get_rng_state())  # a dream draws from its own generator only
     generator = torch.Generator().manual_seed(int(gym.utils.seeding.np_random(3)[0].integers(2**31)))
     obs = torch.as_tensor(options["observations"])
     if obs.dtype == torch.uint8:
@@ -1639,6 +1641,7 @@ def test_dream_context_is_filtered_with_the_shifted_actions(run):
             q = slow_posterior(rssm, h, env.model.encoder({"observation": obs[t : t + 1].float()}))
             s = q.mean + q.stddev * noise[t]
         states_close(env.state, (s, q.mean, q.stddev, h))
+        torch.randn(4, 1, 5, generator=generator)  # the samples of the priors, which nobody looks at here
         action = torch.tensor([[0.5, -1.0]])
         h = slow_belief(rssm, s, h, action)
         d = slow_prior(rssm, h)
@@ -1769,3 +1772,34 @@ def test_frames_of_the_control_suite(monkeypatch):
     assert torch.as_tensor(obs["observation"]).shape == (1, 64, 64, 3)
     assert all((a != b).any() for a, b in zip(frames, frames[1:])) and frames.std() > 10
     envs.close()
+
+
+@pytest.mark.parametrize("distance", [0, 3])
+def test_losses_under_autocast(distance):
+    """What a GPU does with --bf16: convolutions in bfloat16, dynamics, KL and all losses in float32; gradients reach
+    every parameter."""
+    args = p.Args(**p.PRESETS["cpu_pixels"] | dict(overshooting=distance, image_size=16))
+    space = gym.spaces.Dict(o=gym.spaces.Box(0, 255, (16, 16, 3), np.uint8))
+    model = p.Planet(space, 2, {k: getattr(args, k) for k in p.SHAPES})
+    batch = {"obs/o": torch.randint(0, 256, (5, 3, 16, 16, 3), dtype=torch.uint8), "action": torch.rand(5, 3, 2)}
+    batch |= {"reward": torch.rand(5, 3), "mask": torch.ones(5, 3)}
+    losses = {}
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses[enabled], _ = p.model_loss(model, batch, args)
+    assert all(v.dtype == torch.float32 for v in losses[True].values())
+    assert ("overshooting" in losses[True]) == (distance > 1)
+    for k, v in losses[True].items():
+        assert v.item() == pytest.approx(losses[False][k].item(), rel=0.02, abs=0.02), k
+    sum(losses[True].values()).backward()
+    assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in model.parameters())
+
+
+def test_heads_of_mean_and_deviation_are_initialised_alone():
+    """Glorot limits are those of two layers of S units, not of one of 2S: sqrt(6 / 230) = 0.1615, not 0.1519."""
+    torch.manual_seed(0)
+    rssm = p.Rssm(8, 2)
+    for weight in (rssm.prior_net[-1].weight, rssm.post_out.weight):
+        for half in weight.chunk(2):
+            assert 0.1580 < half.abs().max() <= math.sqrt(6 / 230)

@@ -534,13 +534,13 @@ class Rssm(nn.Module):
         # Only what depends on the state stays in the loop; embeddings and actions go through their layers as one batch.
         token = F.linear(embed, self.post_in.weight[:, self.belief :], self.post_in.bias)  # (T, B, X)
         action_in = F.linear(prev_action, self.inp.weight[:, self.sample :], self.inp.bias)  # (T, B, X)
-        draw = lambda: torch.randn(*token.shape[:2], self.sample, device=token.device, generator=generator)  # noqa: E731
+        options = dict(size=(*embed.shape[:2], self.sample), device=embed.device, generator=generator)
         states = []
-        for inputs in zip(action_in.unbind(0), token.unbind(0), draw().unbind(0)):
+        for inputs in zip(action_in.unbind(0), token.unbind(0), torch.randn(**options).unbind(0)):
             state = self.post_step(state.sample, state.belief, *inputs)  # NOTE: goes on from the posterior's sample
             states.append(state)
         post = State(*(torch.stack(x) for x in zip(*states)))  # (T, B, .)
-        return self.draw(self.prior_net(post.belief), post.belief, draw()), post
+        return self.draw(self.prior_net(post.belief), post.belief, torch.randn(**options)), post
 
     def imagine(self, state, actions, noise=None):
         """Roll the prior out: state (B, .), actions (H, B, A) -> States (H, B, .). noise: (H, B, S) or None."""

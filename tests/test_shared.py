@@ -51,9 +51,31 @@ def unmarked(paths):
     return [(name, os.path.basename(p)) for p in paths for name in sorted(names & tops[p] - set(shared(p)))]
 
 
+# What every script has under the same name and fills in its own way: how it is used, not what it is made of.
+INTERFACE = set(
+    "Args main train evaluate_run report check_args probe_env load_agent agent_policy DreamEnv open_loop play "
+    "count_params".split()
+)
+
+
+def two_meanings(paths):
+    """Names of top-level definitions that have different texts in different scripts, but for the interface."""
+    texts = {}
+    for path in paths:
+        source = read(path)
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                texts.setdefault(node.name, set()).add(ast.get_source_segment(source, node))
+    return sorted(name for name, found in texts.items() if len(found) > 1 and name not in INTERFACE)
+
+
 def test_shared_functions_are_the_same_in_every_script():
     assert any(shared(path) for path in SCRIPTS)
     assert drifted(SCRIPTS) == [] and unmarked(SCRIPTS) == []
+
+
+def test_one_name_has_one_meaning():
+    assert two_meanings(SCRIPTS) == []
 
 
 def test_drift_is_noticed(tmp_path):
@@ -62,7 +84,8 @@ def test_drift_is_noticed(tmp_path):
         "def fail(m):  # shared\n    exit(2)\n\n\nclass A:  # shared\n    x = 1\n\n\ndef own():\n    return 1\n"
     )
     two.write_text(one.read_text().replace("return 1", "return 2"))
-    assert drifted([one, two]) == [] and unmarked([one, two]) == []  # `own` is nobody else's business
+    assert drifted([one, two]) == [] and unmarked([one, two]) == []
+    assert two_meanings([one, two]) == ["own"]
     two.write_text(one.read_text().replace("exit(2)", "exit(1)"))
     assert drifted([one, two]) == [("fail", ["one.py"], ["two.py"])]
     two.write_text("import functools\n\n\n@functools.cache\n" + one.read_text())

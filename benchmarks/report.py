@@ -367,8 +367,9 @@ def draw_curves(axis, runs, tag, color, style, name, bins=50):
     edges = np.linspace(0, last * (1 + 1e-9), bins + 1)
     edges[0] = -1
     rows = np.stack([binned(s, v, edges) for s, v in found])
-    if len(found[0][0]) <= bins and all(np.array_equal(s, found[0][0]) for s, _ in found):
-        edges, rows = np.append(-1, found[0][0]), np.stack([v for _, v in found])  # the same few steps: no bins
+    steps = found[0][0]
+    if len(steps) == len(set(steps)) <= bins and all(np.array_equal(s, steps) for s, _ in found):
+        edges, rows = np.append(-1, steps), np.stack([v for _, v in found])  # the same few steps: no bins
     seen = np.isfinite(rows).all(0)
     middle, (mean, around) = edges[1:][seen], band(rows[:, seen])
     marker = dict(marker="o", markersize=3) if len(mean) < 8 else {}

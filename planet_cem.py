@@ -626,12 +626,13 @@ def count_params(model):
 def overshooting(rssm, posterior, prev_action, distance):
     """Priors of several steps (appendix D). Entry [d-1, t] foresees row t+d-1 from the posterior d rows before it (the
     zero state before row 0), so [0] is the ordinary prior. posterior: States (T, B, .), prev_action (T, B, A).
-    Returns States (D', T, B, .) and a mask (D', T) of the entries that lie inside the chunk, D' = distance."""
+    Returns States (distances, T, B, .) and a mask (distances, T) of the entries that lie inside the chunk; there are
+    at most T distances."""
     T, B = prev_action.shape[:2]
     zero = rssm.initial(B, prev_action.device)
     start = State(*(torch.cat([z.unsqueeze(0), x[:-1]]).flatten(0, 1) for z, x in zip(zero, posterior)))  # (T*B, .)
     padded = torch.cat([prev_action, torch.zeros_like(prev_action)])  # past the end, where the mask is 0
-    actions = torch.stack([padded[d : d + T].flatten(0, 1) for d in range(min(distance, T))])  # (D', T*B, A)
+    actions = torch.stack([padded[d : d + T].flatten(0, 1) for d in range(min(distance, T))])  # (distances, T*B, A)
     states = rssm.imagine(start, actions)
     rows = torch.arange(T, device=prev_action.device)
     mask = torch.stack([rows + d < T for d in range(len(actions))])
@@ -652,16 +653,15 @@ def model_loss(model, batch, args):
         reward = reward_log_prob(model.reward(feat).squeeze(-1), batch["reward"] * args.reward_scale)  # (T, B)
         # NOTE: gradients into both sides, no balancing, no stop-gradient.
         kl = kl_divergence(post.mean, post.stddev, prior.mean, prior.stddev)  # (T, B)
-        far_kl = torch.zeros((), device=kl.device)
         if args.overshooting > 1:
             far, inside = overshooting(model.rssm, post, batch["action"], args.overshooting)
-            D, T = inside.shape
+            distances, T = inside.shape
             # NOTE: the posterior is a fixed target here: only the priors learn to see further.
-            target = [torch.cat([x.detach(), x.detach()]).unfold(0, T, 1)[:D].movedim(-1, 1) for x in post[1:3]]
+            target = [torch.cat([x.detach(), x.detach()]).unfold(0, T, 1)[:distances].movedim(-1, 1) for x in post[1:3]]
             excess = (kl_divergence(*target, far.mean, far.stddev) - args.kl_free).clamp(min=0)  # (distances, T, B)
-            valid = inside.unsqueeze(-1) * torch.cat([mask, 0 * mask]).unfold(0, T, 1)[:D].movedim(-1, 1)
-            # Distances from 2 on, each with its own mean and the weight beta / D; distance 1 is the KL above.
-            far_kl = ((excess * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1))[1:].sum() / D
+            valid = inside.unsqueeze(-1) * torch.cat([mask, 0 * mask]).unfold(0, T, 1)[:distances].movedim(-1, 1)
+            # Distances from 2 on, each with its own mean and the weight beta / distances; distance 1 is the KL above.
+            far_kl = ((excess * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1))[1:].sum() / distances
     recon, losses = model.decoder(feat), {}
     for k, x in obs.items():
         image = x.dim() == 5
@@ -1981,15 +1981,15 @@ def train(args):
         lock = lock_run(args.resume)
         state = load_checkpoint(args.resume, "planet_cem", repair=True)  # nobody else writes from here on
     obs_space, action_space, limit = probe_env(args)
-    device, N = choose_device(args), args.num_envs
-    seeds = -(-args.seed_episodes // N) * N * (limit or 1)
+    device, B = choose_device(args), args.num_envs  # B: environments, and so episodes per collection
+    seeds = -(-args.seed_episodes // B) * B * (limit or 1)
     if total <= seeds:
-        seeds = f"--seed-episodes {args.seed_episodes} ({seeds} agent steps in {N} environments)"
+        seeds = f"--seed-episodes {args.seed_episodes} ({seeds} agent steps in {B} environments)"
         fail(f"--total-timesteps {total} must be more than {seeds}: nothing would be planned")
     specs = ReplayBuffer.specs(obs_space, action_space.shape[0])
     # Rows that the run can fill: agent steps, a first row per episode, and the steps by which the last episodes exceed
     # the total. With a known limit most episodes are taken to reach it; if not, the oldest ones make room.
-    most = 2 * total + 2 * N if limit is None else total + N * (limit + 1) + total // limit
+    most = 2 * total + 2 * B if limit is None else total + B * (limit + 1) + total // limit
     capacity = min(args.buffer_size, most)
     size = capacity * ReplayBuffer.row_bytes(specs) / 1e9
     # On the GPU if it fits and leaves a fifth of the memory to the update, else in host memory; a checkpoint copies it.
@@ -2007,7 +2007,7 @@ def train(args):
     write_run_info(run, args, __file__, device)
     logger = Logger(run, args, purge_step=state["global_step"] + 1 if state else None)
     stop = StopSignal()
-    envs, tests = make_envs(args, N), make_envs(args, 1, key=3) if args.report_every else None
+    envs, tests = make_envs(args, B), make_envs(args, 1, key=3) if args.report_every else None
     vectors = [v for v in (envs, tests) if v]
     config = {k: getattr(args, k) for k in SHAPES}
     with torch.device(device):
@@ -2101,7 +2101,7 @@ def train(args):
                 stopped(before)
             lengths = [len(e["reward"]) - 1 for e in found]
             stride, longest = sum(lengths), max(longest, *lengths)
-            global_step, episodes, pending = global_step + stride, episodes + N, True
+            global_step, episodes, pending = global_step + stride, episodes + B, True
             plan_seconds = (clock() - began) / max(lengths)
             returns = [float(e["reward"].sum()) for e in found]
             recent.extend([] if random_phase else returns)
@@ -2114,7 +2114,7 @@ def train(args):
             if random_phase and episodes >= seed_episodes:
                 due = args.initial_updates
             elif not random_phase:
-                due = args.updates_per_episode * N
+                due = args.updates_per_episode * B
 
         # Fit the model to chunks of past episodes.
         began = clock()
@@ -2155,7 +2155,7 @@ def train(args):
             tags = {f"charts/{k}": v for k, v in tags.items()}
             logger.scalars(tags | {f"losses/{k}": float(v) for k, v in metrics.items()}, global_step)
             pace = f"episodes={episodes}, updates={updates}, SPS={tags['charts/SPS']:.0f}"
-            kind = " (random actions)" if episodes - N < seed_episodes else ""
+            kind = " (random actions)" if episodes - B < seed_episodes else ""
             say(f"global_step={global_step}, episodic_return={np.mean(returns):.1f}{kind}, {pace}")
         pending = False
         if passed(args.save_every, global_step, stride) or ending:

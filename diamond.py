@@ -436,7 +436,7 @@ def actor_critic_loss(logits, act, val, returns, ent_coef=0.001, vf_coef=1.0):
 
 def warmup_factor(step, warmup=100):
     """Factor on the learning rate of update number `step` (from 0): linear from exactly 0. Number or tensor."""
-    share = step / max(1, warmup)
+    share = step / warmup if warmup else step * 0 + 1.0
     return share.clamp(max=1) if torch.is_tensor(share) else min(share, 1.0)
 
 
@@ -508,7 +508,7 @@ class Attention2d(nn.Module):
     def forward(self, x):  # (B, C, h, w)
         # NOTE: the residual starts from the normalised input, so an untrained layer is a group norm, not the identity.
         x = self.norm(x)
-        # Written with matrix products over tokens, pixels last in memory: for images this small a fused attention kernel
+        # As matrix products over tokens, pixels last in memory: for images this small a fused attention kernel
         # and 1x1 convolutions are slower. Channels of qkv: all heads of q, then of k, then of v.
         tokens = x.flatten(2).transpose(1, 2)  # (B, hw, C)
         qkv = F.linear(tokens, self.qkv_proj.weight.flatten(1), self.qkv_proj.bias)  # (B, hw, 3 * C)
@@ -1283,7 +1283,7 @@ class AtariLives(gym.Wrapper):
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
 
     def reset(self, *, seed=None, options=None):
-        if self.episodic_life and not self.over:
+        if self.episodic_life and not self.over and not (options or {}).get("full"):
             # NOTE: a lost life must not reset the emulator: the next episode begins with the frame that ended this one.
             return self.last, {}
         frame, info = self.env.reset(seed=seed)

@@ -431,7 +431,8 @@ def actor_critic_loss(logits, act, val, returns, ent_coef=0.001, vf_coef=1.0):
     chosen = logp.gather(-1, act.unsqueeze(-1)).squeeze(-1)  # (B, T)
     # NOTE: no advantage normalisation, no target network, and no 1/2 on the squared error.
     policy = (-chosen * (returns - val.detach())).mean()
-    return {"policy": policy, "value": vf_coef * F.mse_loss(val, returns), "entropy": -ent_coef * entropy}, entropy
+    value = vf_coef * F.mse_loss(val, returns)
+    return {"policy": policy, "value": value, "entropy_bonus": -ent_coef * entropy}, entropy
 
 
 def warmup_factor(step, warmup=100):
@@ -905,7 +906,7 @@ def policy_loss(model, rollout, args):
     returns = lambda_returns(*(r[k].T for k in names), args.gamma, args.return_lambda)  # (N, H)
     terms = (logits.transpose(0, 1), r["action"].T, value.T, returns, args.ent_coef, args.vf_coef)
     losses, entropy = actor_critic_loss(*terms)
-    metrics = {"policy_entropy": entropy, "value_mean": value.mean(), "return_mean": returns.mean()}
+    metrics = {"entropy": entropy, "value_mean": value.mean(), "imagined_return": returns.mean()}
     metrics |= {"imagined_reward": r["reward"].mean(), "imagined_end": r["end"].float().mean()}
     return losses, metrics
 

@@ -649,7 +649,8 @@ def test_actor_critic_loss():
     policy = -sum(p[b, t, act[b, t]].log() * (returns - val.detach())[b, t] for b in range(2) for t in range(5)) / 10
     assert torch.allclose(losses["policy"], policy, atol=1e-5)
     assert torch.allclose(losses["value"], 2 * ((val - returns) ** 2).mean())
-    assert torch.allclose(entropy, -(p * p.log()).sum(-1).mean()) and torch.allclose(losses["entropy"], -0.01 * entropy)
+    assert torch.allclose(entropy, -(p * p.log()).sum(-1).mean())
+    assert torch.allclose(losses["entropy_bonus"], -0.01 * entropy)
     (g,) = torch.autograd.grad(losses["policy"], val, retain_graph=True, allow_unused=True)
     assert g is None  # the baseline is a constant of the policy's loss
     losses, entropy = d.actor_critic_loss(logits, act, val, val.detach(), 0.0)

@@ -111,8 +111,8 @@ SCRIPTS = {
     # From step 32 on an epoch per 16 steps, with an update of each kind; two more of them in the first one, one of each
     # after the last collection.
     "diamond": dict(
-        tiny="--preset cpu --no-cuda --no-pixels --image-size 16 --num-envs 2 --total-timesteps 96 --learning-starts 32 "
-        "--learning-starts-max 32 --collect-steps 16 --denoiser-channels 4 --denoiser-depths 1 --denoiser-cond 8 "
+        tiny="--preset cpu --no-cuda --no-pixels --image-size 16 --num-envs 2 --total-timesteps 96 --learning-starts "
+        "32 --learning-starts-max 32 --collect-steps 16 --denoiser-channels 4 --denoiser-depths 1 --denoiser-cond 8 "
         "--rew-end-channels 4 --rew-end-depths 1 --rew-end-cond 4 --rew-end-lstm 4 --actor-channels 4,4 --actor-lstm 4 "
         "--imag-envs 2 --imag-horizon 3 --start-pool 3 --batch-size 2 --rew-end-length 5 --first-denoiser-updates 1 "
         "--first-rew-end-updates 1 --first-actor-updates 1 --denoiser-updates 1 --rew-end-updates 1 --actor-updates 1 "

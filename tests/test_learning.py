@@ -27,6 +27,8 @@ RUNS = {
     # seeds 1 to 4: training (8 episodes with exploration noise, the first after 500 updates) 321, 314, 281, 292; final
     # evaluation 359, 407, 413, 482; random 123 to 141, and single random episodes up to 230
     "planet-swingup": ("planet_cem", ["--preset", "cpu"], 200.0, 250.0, 180.0),
+    # seeds: see the report
+    "diamond-minatar": ("diamond", ["--preset", "cpu"], 0.8, 1.2, 1.0),
 }
 
 
@@ -87,6 +89,20 @@ def test_world_model_beats_the_trivial_predictors_on_fresh_episodes(runs, name):
     assert errors["posterior_mse"] < 0.75 * errors["mean_frame_mse"], errors
     assert errors["one_step_mse"] < 0.75 * errors["copy_previous_mse"], errors
     assert errors["open_loop_mse"] < errors["copy_last_mse"], errors
+
+
+@pytest.mark.learning
+def test_diamond_imagines_frames_rewards_and_ends(runs):
+    """One imagined step on the final policy's fresh episodes, judged from the imagined frame."""
+    code, output, run = runs["diamond-minatar"]
+    assert code == 0, output[-3000:]
+    errors = json.loads((run / "result.json").read_text())["prediction_errors"]
+    print({k: round(v, 4) for k, v in errors.items()})
+    assert errors["one_step_mse"] < 0.25 * errors["copy_previous_mse"]
+    assert errors["wrong_action_mse"] > 2 * errors["one_step_mse"]
+    assert errors["end_recall"] > 0.8 and errors["reward_recall"] > 0.5
+    assert errors["exact_last_frames"] > 0.6
+    assert errors["open_loop_mse_5"] < errors["copy_last_mse_5"]
 
 
 @pytest.mark.learning

@@ -1563,12 +1563,12 @@ def play_episodes(args, policy, episodes, key, video=None, stop=None):
     return [float(r) for r in returns]
 
 
-def play_tests(args, policy, episodes, key, stop=None, keep=2_000):
-    """One episode in each of `episodes` fresh environments: [{frames (T+1, h, w, C), actions (T,), rewards (T,), end,
-    return}]; of long ones the first `keep` transitions."""
+def play_tests(args, policy, episodes, key, stop=None, store=None, keep=2_000):
+    """Returns of one episode in each of `episodes` fresh environments, and the first `store` of these episodes (default:
+    all): [{frames (T+1, h, w, C), actions (T,), rewards (T,), end}]; of long ones the first `keep` transitions."""
     envs, state, first = make_envs(args, episodes, key), None, np.ones(episodes, bool)
-    played, alive = [dict(frames=[], actions=[], rewards=[], end=False) for _ in range(episodes)], set(range(episodes))
-    returns = np.zeros(episodes)
+    store, returns, alive = min(store or episodes, episodes), np.zeros(episodes), set(range(episodes))
+    played = [dict(frames=[], actions=[], rewards=[], end=False) for _ in range(store)]
     try:
         obs, _ = envs.reset()
         for i, p in enumerate(played):
@@ -1579,7 +1579,7 @@ def play_tests(args, policy, episodes, key, stop=None, keep=2_000):
             first = terminated | truncated
             for i in sorted(alive):
                 returns[i] += reward[i]
-                if t < keep:
+                if t < keep and i < store:
                     last = image_of(infos["final_obs"][i]) if first[i] else image_of(obs)[i].copy()
                     played[i]["frames"].append(last)
                     played[i]["actions"].append(int(actions[i]))
@@ -1591,8 +1591,8 @@ def play_tests(args, policy, episodes, key, stop=None, keep=2_000):
                 break
     finally:
         envs.close()
-    arrays = [{k: np.stack(p[k]) if k != "end" else p[k] for k in p} for p in played if p["actions"]]
-    return [a | {"return": float(r)} for a, r in zip(arrays, returns)]
+    stored = [{k: np.stack(p[k]) if k != "end" else p[k] for k in p} for p in played if p["actions"]]
+    return [float(r) for r in returns], stored
 
 
 def context_rows(episodes, picks, L, device):
@@ -1841,7 +1841,7 @@ def side_by_side(args, env, episodes=4, most=200):
     and then the same actions."""
     args = replace(args, num_envs=1)
     policy, pictures = agent_policy(env.model, "cpu"), []
-    for p in play_tests(full_game(args), policy, episodes, key=4, keep=most):
+    for p in play_tests(full_game(args), policy, episodes, key=4, keep=most)[1]:
         begin = min(env.model.frames, len(p["actions"])) - 1
         rows = slice(begin + 1)
         dream, _ = env.reset(seed=args.seed, options=dict(observations=p["frames"][rows], actions=p["actions"][rows]))
@@ -2805,12 +2805,11 @@ def train(args):
             say(f"global_step={s.global_step}, episodic_return={shown}, {pace}")
         if passed(args.report_every, s.global_step, stride):
             with uncompiled(args):
-                tests = play_tests(full_game(args), agent_policy(model, device), args.test_episodes,
-                                   1000 + s.global_step, stop)  # fmt: skip
-                mean = float(np.mean([p["return"] for p in tests]))
-                logger.scalars({"eval/episodic_return": mean}, s.global_step)
-                say(f"test episodes at step {s.global_step}: {mean:.2f} over {len(tests)}")
-                if not args.model_free:
+                key = 1000 + s.global_step
+                returns, tests = play_tests(full_game(args), agent_policy(model, device), args.test_episodes, key, stop)
+                logger.scalars({"eval/episodic_return": float(np.mean(returns))}, s.global_step)
+                say(f"test episodes at step {s.global_step}: {np.mean(returns):.2f} over {len(returns)}")
+                if not args.model_free and not stop.signum:
                     report(args, model, run, s.global_step, tests, device, logger)
         if passed(args.save_every, s.global_step, stride) or ending or s.finals % 10 == 9:
             learner.check(s.where())
@@ -2825,16 +2824,16 @@ def train(args):
 
     # Final evaluation on fresh episodes, and the self-check against --target-return.
     more = s.pace(start)
-    video = os.path.join(run, "videos", "episode.gif") if args.capture_video else None
     with uncompiled(args):
         policy = agent_policy(model, device)
-        returns = play_episodes(full_game(args), policy, args.eval_episodes, 1, video, stop)
+        returns, tests = play_tests(full_game(args), policy, args.eval_episodes, 1, stop, store=args.test_episodes)
         if stop.signum:
             s.stopped()
         errors = {}
         if not args.model_free:
-            tests = play_tests(full_game(args), policy, args.test_episodes, 3, stop)
             errors = world_model_errors(model, tests, args, device) | open_loop(model, tests, args, device)[0]
+    if args.capture_video:
+        save_gif([draw({"frame": x}) for x in tests[0]["frames"]], os.path.join(run, "videos", "episode.gif"))
     score, std = float(np.mean(returns)), float(np.std(returns))
     logger.scalars({"eval/episodic_return": score, "eval/episodic_return_std": std}, s.global_step)
     logger.close()

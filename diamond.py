@@ -1564,8 +1564,8 @@ def play_episodes(args, policy, episodes, key, video=None, stop=None):
 
 
 def play_tests(args, policy, episodes, key, stop=None, store=None, keep=2_000):
-    """Returns of one episode in each of `episodes` fresh environments, and the first `store` of these episodes (default:
-    all): [{frames (T+1, h, w, C), actions (T,), rewards (T,), end}]; of long ones the first `keep` transitions."""
+    """Returns of one episode in each of `episodes` fresh environments, and the first `store` of these episodes (all, if
+    None): [{frames (T+1, h, w, C), actions (T,), rewards (T,), end}]; of long ones the first `keep` transitions."""
     envs, state, first = make_envs(args, episodes, key), None, np.ones(episodes, bool)
     store, returns, alive = min(store or episodes, episodes), np.zeros(episodes), set(range(episodes))
     played = [dict(frames=[], actions=[], rewards=[], end=False) for _ in range(store)]

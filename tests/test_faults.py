@@ -818,6 +818,31 @@ def test_57_planning_begins_after_the_random_episodes(script):
     assert updates == [0, 7, 11, 15, 19, 23]
 
 
+@only_for("diamond")
+@pytest.mark.parametrize("ending", ["length", "truncate_at"])
+def test_57_58_stored_frames(script, ending):
+    """Every row as made by hand: frame, the action after it, the reward and the end it led to; the true last frame has
+    a row of its own, and the episodes in progress at a checkpoint are cut there, once."""
+    assert script.run(faults=dict(length=None, reward="count") | {ending: 5}).code == 0
+    replay = load(only_run())["replay"]
+    rows, log = replay["rows"], stub_env.StubEnv.log
+    assert replay["open"] == [] and load(only_run())["global_step"] == 96
+    for e in range(2):
+        mine = [entry[1:] for entry in log if entry[0] == script.train_instance + e]
+        played = [[x for x in mine if x[0] == k] for k in dict.fromkeys(x[0] for x in mine)]
+        played = [x for x in played if len(x) > 1]  # resets after the last step were not acted on
+        stored = [(first, T) for env, first, T in replay["episodes"] if env == e]
+        assert [T for _, T in stored] == [len(x) - 1 for x in played] and sum(T for _, T in stored) == 48
+        assert [T for _, T in stored[:7]] == [5, 5, 5, 1, 5, 5, 5]  # 16 steps until each checkpoint
+        for (first, T), episode in zip(stored, played):
+            frames = rows["frames"][e, first : first + T + 1, 0, 0, 0].tolist()
+            assert frames == [10 * (t % 20) + int(50 * start) for _, t, _, start in episode]
+            assert rows["actions"][e, first : first + T].tolist() == [int(action) for _, _, action, _ in episode[1:]]
+            assert rows["rewards"][e, first : first + T].tolist() == list(range(1, T + 1))
+            over = ending == "length" and T == 5
+            assert rows["ends"][e, first : first + T].tolist() == [False] * (T - 1) + [over]
+
+
 def test_61_seeds(script, unbroken):
     first = script.run()
     starts = {entry[4] for entry in stub_env.StubEnv.log}

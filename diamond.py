@@ -2570,7 +2570,8 @@ class Session:
         self.lock = lock or lock_run(self.run)  # held until the process ends
         seed_everything(args, device)
         write_run_info(self.run, args, __file__, device)
-        self.logger = Logger(self.run, args, purge_step=state["log_step"] + 1 if state else None)
+        axis = "updates" if args.dataset else "global_step"  # of the curves
+        self.logger = Logger(self.run, args, purge_step=state[axis] + 1 if state else None)
         self.stop = StopSignal()
         with torch.device(device):
             self.model = Diamond(image, actions, self.config)
@@ -2581,7 +2582,7 @@ class Session:
         self.replay = EpisodeReplay(capacity, num_envs, image, store, args.seed)
         # due: updates of each kind that this epoch still owes, None before; epoch: those completed; finals: those of
         # them, or this one, after the last collection; begun: agent steps when the epoch began; goal: when it learns.
-        self.global_step, self.updates, self.log_step, self.random_return = 0, 0, 0, None
+        self.global_step, self.updates, self.random_return = 0, 0, None
         self.due, self.epoch, self.finals, self.begun, self.goal = None, 0, 0, 0, args.learning_starts
         self.signs, self.recent, self.metrics = [0, 0, 0], deque(maxlen=100), {}
         self.seconds = dict.fromkeys(self.learner.steps, 0.0)
@@ -2591,7 +2592,7 @@ class Session:
         say(f"run: {self.run}\nparameters: {count_params(self.model):,} ({sizes})")
         say(f"replay: {num_envs} x {capacity:,} rows, {size:.2f} GB on {store}")
 
-    COUNTERS = "global_step updates log_step random_return due epoch finals begun goal signs".split()
+    COUNTERS = "global_step updates random_return due epoch finals begun goal signs".split()
 
     def load(self, state):
         self.learner.load_state_dict(state["learner"])
@@ -2659,7 +2660,6 @@ class Session:
         """Scalars since `mark` (time, agent steps, updates). Metrics are read here only: reading waits for the
         device."""
         self.learner.check(self.where())
-        self.log_step = step
         seconds, steps, count = (a - b for a, b in zip((time.time(), self.global_step, self.updates), mark))
         repeat = self.args.action_repeat or (4 if env_family(self.args) == "ALE" else 1)
         tags = {"SPS": steps / max(seconds, 1e-9), "updates_per_s": count / max(seconds, 1e-9)}
@@ -2676,7 +2676,7 @@ class Session:
         each = {k: 1000 * self.seconds[k] / n for k, n in self.counts.items() if n}
         words = ", ".join(f"{k} {v:.1f}" for k, v in each.items())
         say(f"{seconds / 60:.1f} minutes, {self.updates - start[2]} updates; {unit} per update: {words or 'none'}")
-        return dict(minutes=seconds / 60, run=self.run, ms_per_update=each, peak_memory_gb=peak_memory(self.device))
+        return dict(minutes=seconds / 60, run=self.run, peak_memory_gb=peak_memory(self.device))
 
 
 def train(args):
@@ -2898,7 +2898,6 @@ def fit(args):
         compile_diamond(s.model, learner)
     # compile]
     start = mark = time.time(), 0, s.updates
-    s.args = replace(args)
     while s.due is not None or s.epoch <= args.final_epochs:
         if s.due is None:
             s.owe(kinds)

@@ -168,3 +168,41 @@ def test_planet_refuses_discrete_actions(flags, words, tmp_path, monkeypatch, ca
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"planet_cem.py: error: {' '.join(flags.split()[:2])}: ") and "needs Box actions" in line
     assert words in line
+
+
+DIAMOND = (
+    "--preset cpu --denoiser-channels 8,8 --denoiser-cond 16 --rew-end-channels 8,8 --rew-end-cond 8 --rew-end-lstm 8 "
+    "--actor-channels 4,8 --actor-lstm 8 --imag-envs 2 --imag-horizon 3 --start-pool 4 --batch-size 2 "
+    "--rew-end-length 6 --num-envs 2 --total-timesteps 120 --learning-starts 80 --learning-starts-max 80 "
+    "--collect-steps 20 --first-denoiser-updates 2 --first-rew-end-updates 2 --first-actor-updates 2 "
+    "--denoiser-updates 1 --rew-end-updates 1 --actor-updates 1 --eval-episodes 1 --test-episodes 1 "
+    "--report-every 100 --max-episode-steps 40 --log-every 40 --save-every 1000 --no-cuda"
+).split()
+# id of the case: (flags, side and channels of the stored frames, actions)
+DIAMOND_CASES = {
+    "atari": ("--env-id ALE/Breakout-v5 --no-pixels --image-size 32", (32, 3), 4),
+    "atari-all-actions": (
+        "--env-id ALE/Pong-v5 --no-pixels --image-size 21 --full-action-space --num-envs 1",
+        (21, 3),
+        18,
+    ),
+    "minatar": ("--env-id MinAtar/SpaceInvaders-v1 --image-size 12", (12, 3), 4),
+    "rendered": ("--env-id CartPole-v1 --image-size 16", (16, 3), 2),
+}
+
+
+@pytest.mark.parametrize("case", DIAMOND_CASES)
+def test_diamond_environment_family(case, tmp_path, monkeypatch):
+    flags, (side, channels), actions = DIAMOND_CASES[case]
+    script = importlib.import_module("diamond")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["diamond.py", *DIAMOND, *flags.split()])
+    result = script.main(script.parse_args(script.Args, script.PRESETS, ""))
+    assert result["global_step"] == 120 and result["updates"] == 6 + 2 * 3 and np.isfinite(result["episodic_return"])
+    run = next((tmp_path / "runs").iterdir())
+    assert len(list((run / "videos").glob("open_loop-*.gif"))) == 1
+    state = script.load_checkpoint(str(run), "diamond")
+    replay = state["replay"]
+    assert replay["rows"]["frames"].shape[2:] == (side, side, channels) and replay["rows"]["frames"].numpy().std() > 3
+    assert sum(T for _, _, T in replay["episodes"]) == 120 and replay["rows"]["actions"].max() < actions
+    assert state["spaces"]["action"] == actions

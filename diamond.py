@@ -287,8 +287,8 @@ PRESETS = {
     "cpu": dict(
         env_id="MinAtar/Breakout-v1", pixels=True, image_size=10, total_timesteps=4_200, denoiser_channels="32,32",
         denoiser_depths="1,1", denoiser_cond=64, rew_end_channels="16,16", rew_end_depths="1,1", rew_end_cond=32,
-        rew_end_lstm=64, terminal_targets=True, actor_channels="16,32", actor_lstm=128, imag_envs=24, imag_horizon=10,
-        start_pool=72, ent_coef=0.01, buffer_size=20_000, learning_starts=3_000, learning_starts_max=3_000,
+        rew_end_lstm=64, terminal_targets=True, denoising_steps=2, actor_channels="16,32", actor_lstm=128, imag_envs=24,
+        imag_horizon=10, start_pool=60, ent_coef=0.01, buffer_size=20_000, learning_starts=3_000, learning_starts_max=3_000,
         collect_steps=300, final_epochs=0, first_denoiser_updates=900, first_rew_end_updates=400,
         first_actor_updates=120, denoiser_updates=60, rew_end_updates=30, actor_updates=50, rew_end_length=14,
         learning_rate=1e-3, actor_learning_rate=2e-3, warmup_updates=20, log_every=300, report_every=1_500,

@@ -291,8 +291,8 @@ PRESETS = {
         imag_horizon=10, start_pool=60, ent_coef=0.01, buffer_size=20_000, learning_starts=3_000,
         learning_starts_max=3_000, collect_steps=300, final_epochs=0, first_denoiser_updates=900,
         first_rew_end_updates=400, first_actor_updates=120, denoiser_updates=60, rew_end_updates=30, actor_updates=50,
-        rew_end_length=14, learning_rate=1e-3, actor_learning_rate=2e-3, warmup_updates=20, log_every=300, report_every=1_500,
-        test_episodes=40, save_every=1_500, compile=False, num_threads=1,
+        rew_end_length=14, learning_rate=1e-3, actor_learning_rate=2e-3, warmup_updates=20, log_every=300,
+        report_every=1_500, test_episodes=40, save_every=1_500, compile=False, num_threads=1,
     ),
 }
 # Allowed values, both ends included; checked before anything is created. Fields that are None are skipped.

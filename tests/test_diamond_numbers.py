@@ -21,7 +21,7 @@ TINY = d.Args(
     **d.PRESETS["cpu"]
     | dict(denoiser_channels="8,8", denoiser_cond=16, rew_end_channels="8,8", rew_end_cond=8, rew_end_lstm=8)
     | dict(actor_channels="4,8", actor_lstm=8, imag_envs=4, imag_horizon=5, start_pool=6, batch_size=3)
-    | dict(rew_end_length=6, warmup_updates=0)
+    | dict(rew_end_length=6, warmup_updates=0, denoising_steps=3)
 )
 
 

@@ -452,7 +452,7 @@ def episode_probabilities(num_episodes, weights=QUARTERS, lengths=None):
     return np.repeat(np.asarray(weights) / np.sum(weights) / sizes, sizes)
 
 
-def sample_segments(rng, lengths, size, right_padding=False):
+def segment_rows(rng, lengths, size, right_padding=False):
     """Rows of a random segment of each of n episodes with `lengths` (n,) rows: (n, size), and which of them exist.
 
     Around a uniform row. Without right padding a segment ends at the episode's end at the latest, so its last row
@@ -832,7 +832,7 @@ def count_params(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def load_official(model, path):
+def load_authors_weights(model, path):
     """Load a state dict of the authors into a Diamond; exit code 2 if it does not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -915,7 +915,7 @@ def policy_loss(model, rollout, args):
 
 
 @torch.no_grad()
-def burn_in(model, batch):
+def burn_in_starts(model, batch):
     """Start segments {frames (P, L, h, w, C), ...} -> where imagination begins: frames, actions, the state of the
     reward/end model after the segment's transitions, of the policy before its last frame and after it."""
     frames, actions, policy = segment_frames(batch), batch["actions"], model.actor_critic
@@ -936,14 +936,14 @@ def where_rows(mask, new, old):
 
 
 @torch.no_grad()
-def imagine(model, state, batch, args):
-    """H steps of the policy in N imagined environments from `state` (see `burn_in`; and their lengths so far). Dead
+def imagine_rollout(model, state, batch, args):
+    """H steps of the policy in N imagined environments from `state` (see `burn_in_starts`; and their lengths so far). Dead
     ones go on from the start segments of `batch`. Returns the rollout {name: (H, N, ...)} and the next state.
 
     Without branches: every step computes what a restart would be and torch.where decides, so that all of it is one CUDA
     graph."""
     policy, sampler, P = model.actor_critic, sampler_settings(args), len(batch["actions"])
-    pool, pool_after = burn_in(model, batch)
+    pool, pool_after = burn_in_starts(model, batch)
     lengths, now = state["lengths"], {k: v for k, v in state.items() if k != "lengths"}
     logits, _, h, c = policy(now["frames"][:, -1], now["h"], now["c"])
     after, rows = dict(logits=logits, h=h, c=c), []
@@ -1054,7 +1054,7 @@ class DiamondLearner:
             if self.args.model_free:
                 rollout = batch
             else:
-                rollout, state = imagine(self.model, self.dream, batch, self.args)
+                rollout, state = imagine_rollout(self.model, self.dream, batch, self.args)
                 for k, v in self.dream.items():
                     v.copy_(state[k])
                 torch.clear_autocast_cache()  # NOTE: bfloat16 copies of weights made above carry no gradients
@@ -1064,7 +1064,7 @@ class DiamondLearner:
     def begin(self, batch):
         """The very first start of the imagined environments, from N segments."""
         with self.autocast():
-            start, _ = burn_in(self.model, batch)
+            start, _ = burn_in_starts(self.model, batch)
         # NOTE: here, and only here, the policy's state is zero, not burnt in.
         start["h"], start["c"] = torch.zeros_like(start["h"]), torch.zeros_like(start["c"])
         start["lengths"] = torch.zeros(len(start["h"]), dtype=torch.int64, device=self.device)
@@ -1150,7 +1150,7 @@ def uncompiled(args):
 # ---- Replay ----------------------------------------------------------------------------------------------------------
 
 
-class EpisodeReplay:
+class FrameReplay:
     """A ring of rows per environment on `device`, and the list of episodes in them, oldest first. An episode of T
     transitions has T + 1 rows; one that is still going on is in the list too. The oldest rows make room."""
 
@@ -1222,7 +1222,7 @@ class EpisodeReplay:
         env, first, length, chances = self.drawable()
         pick = np.searchsorted(chances, rng.random(n) * chances[-1], side="right").clip(max=len(chances) - 1)
         env, first, length = env[pick], first[pick], length[pick]
-        rows, mask = sample_segments(rng, length + final, size, right_padding)
+        rows, mask = segment_rows(rng, length + final, size, right_padding)
         mask = (rows >= 0) & (rows <= length[:, None]) if right_padding else mask
         transition = (rows >= 0) & (rows < length[:, None])
         flat = env[:, None] * self.capacity + (first[:, None] + rows.clip(0, length[:, None])) % self.capacity
@@ -1271,7 +1271,7 @@ def resize(image, size):  # shared
     return np.asarray(picture.resize((size, size), Image.BILINEAR)).reshape(size, size, -1)
 
 
-class AtariLives(gym.Wrapper):
+class AtariByLife(gym.Wrapper):
     """Frame skip with the maximum of the last two frames, random no-ops, area resizing, and, if wanted, episodes of one
     life."""
 
@@ -1449,11 +1449,11 @@ def registered_env(args, **kwargs):  # shared
     return gym.make(args.env_id, **kwargs)
 
 
-def atari_lives(args):
+def atari_by_life(args):
     # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours, and it is the only one.
     settings = dict(repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space)
     env = registered_env(args, frameskip=1, **settings)
-    return AtariLives(env, args.action_repeat or 4, args.image_size, args.noop_max, args.episodic_life)
+    return AtariByLife(env, args.action_repeat or 4, args.image_size, args.noop_max, args.episodic_life)
 
 
 def refuse_control(args):
@@ -1461,7 +1461,7 @@ def refuse_control(args):
 
 
 # Environments that are not built by gymnasium.make alone.
-FAMILIES = {"ALE": atari_lives, "dm_control": refuse_control}
+FAMILIES = {"ALE": atari_by_life, "dm_control": refuse_control}
 
 
 def make_env(args, index, key=0):  # shared
@@ -1596,7 +1596,7 @@ def play_tests(args, policy, episodes, key, stop=None, store=None, keep=2_000):
 
 
 def context_rows(episodes, picks, L, device):
-    """Segments of L rows that end at row t of an episode, for (episode, t) in picks, as burn_in takes them."""
+    """Segments of L rows that end at row t of an episode, for (episode, t) in picks, as burn_in_starts takes them."""
     frames, actions, mask = [], [], []
     for e, t in picks:
         rows = np.arange(t - L + 1, t + 1)
@@ -1622,7 +1622,7 @@ def world_model_errors(model, episodes, args, device, most=600):
     shuffled = [picks[i] for i in np.random.default_rng(0).permutation(len(picks))]
     for i in range(0, len(picks), 64):
         some, others = picks[i : i + 64], shuffled[i : i + 64]
-        start, _ = burn_in(model, context_rows(episodes, some, args.frame_stack, device))
+        start, _ = burn_in_starts(model, context_rows(episodes, some, args.frame_stack, device))
         truth = np.stack([episodes[e]["frames"][t + 1] for e, t in some])
         truth = frames_to_float(torch.as_tensor(truth, device=device)).permute(0, 3, 1, 2)
         wrong = torch.as_tensor([int(episodes[e]["actions"][t]) for e, t in others], device=device)
@@ -1663,7 +1663,7 @@ def open_loop(model, episodes, args, device, length=100, clips=8):
     longest = sorted(episodes, key=lambda p: -len(p["actions"]))[:clips]
     starts = [min(L - 1, max(0, len(p["actions"]) - 1)) for p in longest]
     steps = min(length, max(len(p["actions"]) - t for p, t in zip(longest, starts)))
-    now, _ = burn_in(model, context_rows(longest, list(enumerate(starts)), L, device))
+    now, _ = burn_in_starts(model, context_rows(longest, list(enumerate(starts)), L, device))
     frames, actions, dream = now["frames"], now["actions"], []
     for k in range(steps):
         taken = [int(p["actions"][min(t + k, len(p["actions"]) - 1)]) for p, t in zip(longest, starts)]
@@ -1787,7 +1787,7 @@ class DreamEnv(gym.Env):
                 raise ValueError("this checkpoint was saved before any frame was stored: pass options")
             i = int(self.np_random.integers(len(self.context["actions"])))
             batch = {k: v[i : i + 1].to(self.device) for k, v in self.context.items()}
-        start, _ = burn_in(self.model, batch)
+        start, _ = burn_in_starts(self.model, batch)
         self.frames, self.actions, self.steps = start["frames"], start["actions"], 0
         self.wm = start["wm_h"].unsqueeze(0), start["wm_c"].unsqueeze(0)
         return self.observe(), {}
@@ -1895,7 +1895,7 @@ def play(args):
 # ---- Own data --------------------------------------------------------------------------------------------------------
 
 
-def record(args, model=None, device="cpu"):
+def record_dataset(args, model=None, device="cpu"):
     """--record PATH: play --total-timesteps steps, at random or with an agent, and write them as a data set."""
     if not args.record.endswith(".npz"):
         fail(f"--record must end in .npz, got {args.record}")
@@ -2484,7 +2484,7 @@ def evaluate_run(args):
     seed_everything(args, device)
     model, state = load_agent(args.evaluate, device)
     if args.record:
-        return record(args, model, device)
+        return record_dataset(args, model, device)
     video = os.path.join(args.evaluate, "eval-episode.gif") if args.capture_video else None
     returns = play_episodes(full_game(args), agent_policy(model, device), args.eval_episodes, 1, video)
     score, std, random_return = float(np.mean(returns)), float(np.std(returns)), state["random_return"]
@@ -2539,7 +2539,7 @@ def resumed(args, total_key):
 
 def place_replay(args, capacity, num_envs, image, device):
     """Where the replay goes and its size in GB; exit code 2 if it fits nowhere."""
-    size = num_envs * capacity * EpisodeReplay.row_bytes(image) / 1e9
+    size = num_envs * capacity * FrameReplay.row_bytes(image) / 1e9
     # On the GPU if it fits and leaves a fifth of the memory to the update, else in host memory; a checkpoint copies it.
     cpu = torch.device("cpu")
     store = device if args.replay_cuda and size <= 0.8 * free_memory(device) / 1e9 else cpu
@@ -2564,7 +2564,7 @@ class Session:
         with torch.device("meta"):  # --init-from that does not fit is found before the first file is made
             model = Diamond(image, actions, self.config)
         if args.init_from and not state:
-            load_official(model.to_empty(device="cpu"), args.init_from)
+            load_authors_weights(model.to_empty(device="cpu"), args.init_from)
         named = replace(args, env_id=os.path.basename(args.dataset)) if args.dataset else args
         self.run = args.resume or new_run_dir(named)
         self.lock = lock or lock_run(self.run)  # held until the process ends
@@ -2576,10 +2576,10 @@ class Session:
         with torch.device(device):
             self.model = Diamond(image, actions, self.config)
         if args.init_from and not state:
-            load_official(self.model, args.init_from)
+            load_authors_weights(self.model, args.init_from)
         self.model.to(memory_format=torch.channels_last)
         self.learner = DiamondLearner(self.model, args, device)
-        self.replay = EpisodeReplay(capacity, num_envs, image, store, args.seed)
+        self.replay = FrameReplay(capacity, num_envs, image, store, args.seed)
         # due: updates of each kind that this epoch still owes, None before; epoch: those completed; finals: those of
         # them, or this one, after the last collection; begun: agent steps when the epoch began; goal: when it learns.
         self.global_step, self.updates, self.random_return = 0, 0, None
@@ -2685,7 +2685,7 @@ def train(args):
     # Set up, in an order that finds every mistake of the user's before the first file is made.
     check_args(args)
     if args.record:
-        return record(args)
+        return record_dataset(args)
     if args.dataset:
         return fit(args)
     lock, state, result = resumed(args, "global_step") if args.resume else (None, None, None)
@@ -2847,7 +2847,7 @@ def train(args):
 
 @torch.no_grad()
 def real_row(model, device, before, after, frames, first, following, actions, reward, terminated, truncated):
-    """One step in the real environments as a row of a rollout (see `imagine`), for --model-free."""
+    """One step in the real environments as a row of a rollout (see `imagine_rollout`), for --model-free."""
     blank = torch.zeros(len(first), model.actor_critic.units, device=device)
     keep = torch.as_tensor(~first, device=device).unsqueeze(1)
     h, c = (v * keep for v in (before or (blank, blank)))

@@ -558,6 +558,8 @@ def test_no_gradient_through_the_models_own_frame():
     torch.manual_seed(1)
     (g,) = torch.autograd.grad(d.denoiser_loss(model, batch, args)[0]["denoiser"], weight)
     assert not torch.equal(seen[1][2][:, -1], d.segment_frames(batch)[:, 4])  # the second term sees the model's frame
+    own = seen[1][2][:, -1]
+    assert torch.equal(own, d.frames_to_float(d.float_to_frames(own)))  # on the 8-bit grid
     assert torch.equal(seen[1][2][:, :3], d.segment_frames(batch)[:, 1:4])
     assert torch.equal(seen[1][3], batch["actions"][:, 1:5])
     alone = 0
@@ -730,7 +732,7 @@ def test_optimizer_steps(warmup):
 
 def a_replay(episodes=30, seed=0, args=TINY, side=10):
     rng = np.random.default_rng(seed)
-    replay, env = d.EpisodeReplay(5000, 1, (side, side, 3), seed=seed), np.array([0])
+    replay, env = d.FrameReplay(5000, 1, (side, side, 3), seed=seed), np.array([0])
     for _ in range(episodes):
         frames = rng.integers(256, size=(rng.integers(3, 15), side, side, 3), dtype=np.uint8)
         replay.begin(env, frames[:1])
@@ -856,7 +858,7 @@ def test_imagination_against_the_loop_with_branches(monkeypatch, pool):
         fixed(monkeypatch, round)
         expected, frames, actions, lengths, memory, wm, used = slow_imagine(model, learner.dream, batch, args)
         fixed(monkeypatch, round)
-        rollout, state = d.imagine(model, learner.dream, batch, args)
+        rollout, state = d.imagine_rollout(model, learner.dream, batch, args)
         for k, v in expected.items():
             assert torch.allclose(rollout[k].float(), v.float(), atol=2e-4), k
         dead = expected["end"] | expected["trunc"]
@@ -880,7 +882,7 @@ def test_imagined_episodes_are_truncated_at_the_horizon(monkeypatch):
     model.rew_end_model.head[2].weight.data[4] = -5  # ...no: they never come
     learner = dream_state(model, replay, args)
     for _ in range(2):
-        rollout, learner.dream = d.imagine(model, learner.dream, replay.batch("actor", args), args)
+        rollout, learner.dream = d.imagine_rollout(model, learner.dream, replay.batch("actor", args), args)
         assert not rollout["end"].any() and rollout["trunc"].tolist() == [[False] * 4] * 4 + [[True] * 4]
         assert (learner.dream["lengths"] == 0).all()
 
@@ -890,7 +892,7 @@ def test_policy_loss_is_the_rollouts_gradient():
     torch.manual_seed(0)
     model, replay, args = tiny(3), a_replay(), TINY
     learner = dream_state(model, replay, args)
-    rollout, _ = d.imagine(model, learner.dream, replay.batch("actor", args), args)
+    rollout, _ = d.imagine_rollout(model, learner.dream, replay.batch("actor", args), args)
     losses, metrics = d.policy_loss(model, rollout, args)
     h, c, logits, values = rollout["h"][0], rollout["c"][0], [], []
     for t in range(5):
@@ -949,7 +951,7 @@ def test_episode_probabilities():
 def test_sample_segments(right):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 12, size=20_000)
-    rows, mask = d.sample_segments(rng, lengths, 6, right)
+    rows, mask = d.segment_rows(rng, lengths, 6, right)
     assert rows.shape == (20_000, 6) and (np.diff(rows, axis=1) == 1).all()
     assert (mask == ((rows >= 0) & (rows < lengths[:, None]))).all() and mask.any(1).all()
     if right:
@@ -988,7 +990,7 @@ def fill(replay, plan):
 
 def test_segments_are_what_was_stored():
     """Row t: frame t, the action after it, the reward and end it led to; the true last frame; padding around."""
-    replay = d.EpisodeReplay(100, 2, (4, 4, 3))
+    replay = d.FrameReplay(100, 2, (4, 4, 3))
     fill(replay, [(0, 0, 5, True), (1, 1, 3, False), (0, 2, 2, True), (1, 3, 6, None)])  # the last one goes on
     found = set()
     batch = replay.segments(3000, 7, np.random.default_rng(0), right_padding=True)
@@ -1030,7 +1032,7 @@ def test_segments_are_what_was_stored():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_denoiser_targets(terminal):
     """Targets are never padding; an episode's last frame is one only if it is asked for."""
-    replay, args = d.EpisodeReplay(100, 1, (4, 4, 3)), replace(TINY, batch_size=4000, terminal_targets=terminal)
+    replay, args = d.FrameReplay(100, 1, (4, 4, 3)), replace(TINY, batch_size=4000, terminal_targets=terminal)
     fill(replay, [(0, k, 6, True) for k in range(8)])
     batch = replay.batch("denoiser", args)
     assert batch["frames"].shape == (4000, 6, 4, 4, 3) and batch["mask"][:, -1].all()
@@ -1047,7 +1049,7 @@ def test_denoiser_targets(terminal):
 
 
 def test_recent_episodes_are_drawn_more_often():
-    replay = d.EpisodeReplay(1000, 1, (4, 4, 3))
+    replay = d.FrameReplay(1000, 1, (4, 4, 3))
     fill(replay, [(0, k, 2 if k % 2 else 9, True) for k in range(8)])
     batch = replay.segments(20_000, 1, np.random.default_rng(0))
     share = np.bincount(batch["rewards"][:, 0].long().numpy() // 10, minlength=8) / 20_000
@@ -1055,7 +1057,7 @@ def test_recent_episodes_are_drawn_more_often():
 
 
 def test_old_rows_make_room():
-    replay = d.EpisodeReplay(20, 1, (4, 4, 3))
+    replay = d.FrameReplay(20, 1, (4, 4, 3))
     fill(replay, [(0, k, 6, True) for k in range(5)])  # 35 rows
     env, first, length, _ = replay.drawable()
     assert (first + length).tolist() == [20, 27, 34] and length.tolist() == [5, 6, 6] and first[0] == 15
@@ -1069,7 +1071,7 @@ def test_old_rows_make_room():
 
 
 def test_episodes_that_have_not_moved_are_not_drawn():
-    replay, env = d.EpisodeReplay(20, 2, (4, 4, 3)), np.array([0, 1])
+    replay, env = d.FrameReplay(20, 2, (4, 4, 3)), np.array([0, 1])
     replay.begin(env, np.stack([coded(0, 0, 0), coded(1, 0, 0)]))
     assert len(replay.drawable()[0]) == 0
     replay.add(np.array([0]), [1], [0.0], [False], coded(0, 0, 1)[None])
@@ -1081,11 +1083,11 @@ def test_episodes_that_have_not_moved_are_not_drawn():
 
 
 def test_replay_in_a_checkpoint():
-    replay = d.EpisodeReplay(50, 2, (4, 4, 3), seed=3)
+    replay = d.FrameReplay(50, 2, (4, 4, 3), seed=3)
     fill(replay, [(0, 0, 5, True), (1, 1, 3, None), (0, 2, 4, None)])
     replay.segments(8, 4, replay.rng)
     state = copy.deepcopy(replay.state_dict())
-    other = d.EpisodeReplay(60, 2, (4, 4, 3), seed=9)
+    other = d.FrameReplay(60, 2, (4, 4, 3), seed=9)
     other.load_state_dict(state)
     a, b = replay.segments(50, 5, replay.rng), other.segments(50, 5, other.rng)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -1126,7 +1128,7 @@ class Lives(gym.Env):
 @pytest.mark.parametrize("episodic", [True, False])
 def test_lost_lives(episodic):
     base = Lives()
-    env = d.AtariLives(base, 4, 4, 0, episodic)
+    env = d.AtariByLife(base, 4, 4, 0, episodic)
     frame, _ = env.reset()
     lengths, t = [], 0
     for _ in range(9):
@@ -1148,7 +1150,7 @@ def test_lost_lives(episodic):
 
 def test_noops():
     base, seen = Lives(), set()
-    env = d.AtariLives(base, 4, 4, 5, False)
+    env = d.AtariByLife(base, 4, 4, 5, False)
     for seed in range(100):
         env.over = True
         env.reset(seed=seed)
@@ -1157,7 +1159,7 @@ def test_noops():
 
 
 def test_area_resizing():
-    env = d.AtariLives(Lives(), 4, 2, 0, True)
+    env = d.AtariByLife(Lives(), 4, 2, 0, True)
     frame = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
     expected = frame.reshape(2, 4, 2, 4, 3).mean((1, 3))
     assert np.abs(env.picture(frame) - expected).max() <= 1
@@ -1522,8 +1524,8 @@ def test_initial_collection_waits_for_rewards(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     steps, real = [], d.DiamondLearner.update
     monkeypatch.setattr(d.DiamondLearner, "update", lambda self, *a: steps.append(len(stored)) or real(self, *a))
-    stored, add = [], d.EpisodeReplay.add
-    monkeypatch.setattr(d.EpisodeReplay, "add", lambda self, e, a, r, *x: stored.append(r[0]) or add(self, e, a, r, *x))
+    stored, add = [], d.FrameReplay.add
+    monkeypatch.setattr(d.FrameReplay, "add", lambda self, e, a, r, *x: stored.append(r[0]) or add(self, e, a, r, *x))
     flags = [
         "--learning-starts",
         50,

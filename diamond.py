@@ -937,7 +937,7 @@ def where_rows(mask, new, old):
 
 @torch.no_grad()
 def imagine_rollout(model, state, batch, args):
-    """H steps of the policy in N imagined environments from `state` (see `burn_in_starts`; and their lengths so far). Dead
+    """H steps of the policy in N imagined environments from `state` (see `burn_in_starts`; and lengths so far). Dead
     ones go on from the start segments of `batch`. Returns the rollout {name: (H, N, ...)} and the next state.
 
     Without branches: every step computes what a restart would be and torch.where decides, so that all of it is one CUDA

@@ -154,7 +154,7 @@ class Args:
     noop_max: int = 30
     """Atari: 1 to this many no-ops at the start of an episode"""
     episodic_life: bool = True
-    """Atari: a lost life ends a training episode (not a test episode)"""
+    """Atari: a lost life ends a training episode (charts/episodic_return is per life); test episodes are whole games"""
     max_episode_steps: Optional[int] = None
     """agent steps after which an episode is truncated, at most the environment's own limit (default: that limit)"""
 

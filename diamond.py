@@ -2521,7 +2521,7 @@ def main(args):  # shared
         raise SystemExit(f"{e}; ckpt.pt, if there is one, is from before it") from None
 
 
-def resumed(args, total_key):
+def resumed(args):
     """Lock the run to continue and read its checkpoint: (lock, state, None), or the result if there is nothing to
     do."""
     for name, value in load_args(args.resume).items():
@@ -2529,7 +2529,7 @@ def resumed(args, total_key):
             flag = "--" + name.replace("_", "-")
             fail(f"{flag} is {value} in {args.resume}, got {getattr(args, name)}: a run cannot change it")
     state, result = load_checkpoint(args.resume, "diamond"), os.path.join(args.resume, "result.json")
-    if state[total_key] >= getattr(args, "total_timesteps", 0) and os.path.exists(result):
+    if state["global_step"] >= args.total_timesteps and os.path.exists(result):
         say(f"nothing to do: step {state['global_step']} of {args.total_timesteps}")
         with open(result, encoding="utf-8") as f:
             return None, None, json.load(f)
@@ -2688,7 +2688,7 @@ def train(args):
         return record_dataset(args)
     if args.dataset:
         return fit(args)
-    lock, state, result = resumed(args, "global_step") if args.resume else (None, None, None)
+    lock, state, result = resumed(args) if args.resume else (None, None, None)
     if result:
         return result
     obs_space, action_space = probe_env(args)
@@ -2706,6 +2706,8 @@ def train(args):
         if not state["replay"] and not args.model_free:
             say("warning: this run was saved without its replay (--no-save-replay): it is collected anew")
             s.due, s.goal = None, s.global_step + args.learning_starts
+            if s.global_step >= args.total_timesteps:
+                s.finals = args.final_epochs  # nothing is left to learn from
         if args.model_free:
             s.due = None  # the rollout that an interrupted update was for is gone
         if s.global_step < args.total_timesteps:
@@ -2861,14 +2863,12 @@ def real_row(model, device, before, after, frames, first, following, actions, re
 
 def fit(args):
     """--dataset: train the world model alone, on the data of a file. Returns the metrics."""
-    lock, state, result = (
-        resumed(replace(args, total_timesteps=0), "global_step") if args.resume else (None, None, None)
-    )
+    lock, state, result = resumed(replace(args, total_timesteps=0)) if args.resume else (None, None, None)
     if result:
         return result
     episodes, rewarded, actions = load_dataset(args.dataset)
     image = episodes[0]["frames"].shape[1:]
-    # A power of two takes images of any size, so own data keeps its size.
+    # NOTE: frames keep their size; a large one is a large network input. The actor is built, too, but never trained.
     if min(image[:2]) >> (args.actor_channels.count(",") + 1) < 1:
         fail(f"--dataset {args.dataset}: frames of {image[0]}x{image[1]} are too small for --actor-channels")
     obs_space = gym.spaces.Dict(observation=gym.spaces.Box(0, 255, image, np.uint8))
@@ -2897,7 +2897,8 @@ def fit(args):
     if args.compile:
         compile_diamond(s.model, learner)
     # compile]
-    start = mark = time.time(), 0, s.updates
+    start, errors = (time.time(), 0, s.updates), None
+    mark = start
     while s.due is not None or s.epoch <= args.final_epochs:
         if s.due is None:
             s.owe(kinds)
@@ -2912,6 +2913,8 @@ def fit(args):
         with uncompiled(args):
             errors = report(args, s.model, run, s.updates, tests, s.device, s.logger)
         s.save()
+    if errors is None:  # killed after its last checkpoint
+        errors = report(args, s.model, run, s.updates, tests, s.device, s.logger)
     s.logger.close()
     result = dict(global_step=0, updates=s.updates, prediction_errors=errors, **s.pace(start))
     write_json(result, os.path.join(run, "result.json"))

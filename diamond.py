@@ -582,7 +582,7 @@ class FourierFeatures(nn.Module):
         self.register_buffer("weight", torch.randn(1, width // 2))
 
     def forward(self, c):
-        angle = 2 * math.pi * c.unsqueeze(1) @ self.weight
+        angle = 2 * math.pi * c.unsqueeze(1) * self.weight  # NOTE: no matrix product: autocast would round the angle
         return torch.cat([angle.cos(), angle.sin()], -1)
 
 
@@ -633,7 +633,8 @@ class DenoiserNet(nn.Module):
 
     def forward(self, noisy, c_noise, past, actions):
         """noisy (B, C, h, w), c_noise (B,) or (1,), past (B, L*C, h, w), actions (B, L)."""
-        cond = self.cond_proj(self.noise_emb(c_noise) + self.act_emb(actions))  # (B, K)
+        with torch.autocast(noisy.device.type, enabled=False):
+            cond = self.cond_proj(self.noise_emb(c_noise) + self.act_emb(actions))  # (B, K)
         x = self.unet(self.conv_in(torch.cat([past, noisy], 1)), cond)
         return self.conv_out(F.silu(self.norm_out(x)))
 

@@ -425,6 +425,26 @@ def test_denoiser_network():
     assert torch.allclose(both[0], output[0], atol=1e-4)
 
 
+def test_bfloat16_is_for_convolutions_only():
+    """Noise features, conditions, LSTM states, logits and frames stay float32; frames stay on the 8-bit grid."""
+    model, found = tiny(), {}
+    net, frames = model.denoiser.inner_model, torch.rand(2, 4, 3, 10, 10) * 2 - 1
+    net.cond_proj.register_forward_hook(lambda m, i, o: found.update(cond=(i[0], o)))
+    net.conv_in.register_forward_hook(lambda m, i, o: found.update(conv=(o,)))
+    actions, c_noise = torch.zeros(2, 4, dtype=torch.long), torch.tensor([0.31, -0.2])
+    with torch.autocast("cpu", torch.bfloat16):
+        net(frames[:, 0], c_noise, frames.flatten(1, 2), actions)
+        frame = d.imagine_frame(model.denoiser, frames, actions, d.sampler_settings(TINY))
+        rewards, ends, state = model.rew_end_model(frames[:, :1], actions[:, :1], frame.unsqueeze(1))
+        logits, value, h, c = model.actor_critic(frame, torch.zeros(2, 8), torch.zeros(2, 8))
+    assert found["conv"][0].dtype == torch.bfloat16
+    assert {v.dtype for v in (*found["cond"], frame, rewards, ends, *state, logits, value, h, c)} == {torch.float32}
+    assert torch.equal(frame, d.frames_to_float(d.float_to_frames(frame)))
+    with torch.autocast("cpu", torch.bfloat16):
+        angle = 2 * math.pi * c_noise[:, None] * net.noise_emb.weight
+        assert torch.allclose(net.noise_emb(c_noise), torch.cat([angle.cos(), angle.sin()], 1), atol=1e-6)
+
+
 def test_every_action_and_frame_of_the_context_matters():
     model = tiny()
     x, past, actions = torch.randn(1, 3, 10, 10), torch.randn(1, 4, 3, 10, 10), torch.zeros(1, 4, dtype=torch.long)

@@ -1497,6 +1497,20 @@ def test_play_writes_dream_beside_game(trained, monkeypatch, tmp_path):
         assert gif.n_frames > 4 and gif.size[0] == 2 * gif.size[1]
 
 
+def test_record_an_agent(trained, monkeypatch, tmp_path, capsys):
+    run, _ = trained
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(run))
+    call(monkeypatch, "--evaluate", run, "--record", "agent.npz", "--total-timesteps", 30)
+    episodes, rewarded, _ = d.load_dataset("agent.npz")
+    assert sum(len(e["actions"]) for e in episodes) == 30 and rewarded
+    assert sorted(os.listdir(run)) == before and os.listdir(".") == ["agent.npz"]
+    for name, words in (("agent.txt", "must end in .npz"), ("no/agent.npz", "cannot write to")):
+        with pytest.raises(SystemExit) as stopped:
+            call(monkeypatch, *SMALL, "--record", name)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_autopilot(trained):
     env = d.DreamEnv(trained[0])
     seen = []

@@ -35,7 +35,6 @@ and ends that are sampled. Differences of this file from both, each with its rea
     reward/end states for hundreds of updates. If one update needs more than --start-pool, they are used again.
   * No gradient flows through the policy's burn-in; it is a constant of the update.
   * Unfinished episodes are cut at every scheduled checkpoint, so that a resumed run repeats the unbroken one exactly.
-  * Frames are resized by Pillow's box filter; OpenCV's area interpolation differs by at most the rounding.
   * Exploration noise is drawn per environment, the authors draw it once for all (they collect with one).
   * The denoiser's loss has a masked mean; in the code a batch whose targets are all padding gives NaN.
   * On a GPU convolutions run in bfloat16 (theirs in TF32); noise, coefficients, pixels, LSTMs, losses are float32.
@@ -55,6 +54,7 @@ this action LED to, together with frame t+1. The last frame of an episode has a 
 
 import contextlib
 import ctypes
+import functools
 import json
 import math
 import os
@@ -1272,6 +1272,14 @@ def resize(image, size):  # shared
     return np.asarray(picture.resize((size, size), Image.BILINEAR)).reshape(size, size, -1)
 
 
+@functools.cache
+def area_weights(n, size):
+    """(size, n): shares of n pixels in each of `size` cells of equal length, as OpenCV's INTER_AREA when it shrinks."""
+    edges = np.arange(size + 1) * (n / size)
+    low, high = np.maximum(edges[:-1, None], np.arange(n)), np.minimum(edges[1:, None], np.arange(n) + 1)
+    return (np.maximum(high - low, 0) * (size / n)).astype(np.float32)
+
+
 class AtariByLife(gym.Wrapper):
     """Frame skip with the maximum of the last two frames, random no-ops, area resizing, and, if wanted, episodes of one
     life."""
@@ -1310,7 +1318,10 @@ class AtariByLife(gym.Wrapper):
         return self.last, total, terminated, truncated, info
 
     def picture(self, frame):
-        return np.asarray(Image.fromarray(frame).resize((self.size, self.size), Image.BOX))
+        rows, columns = (area_weights(n, self.size) for n in frame.shape[:2])
+        # NOTE: not Pillow's box filter, which takes whole pixels only: up to 32 grey levels off on Breakout's frames.
+        image = np.tensordot(rows, np.tensordot(columns, frame.astype(np.float32), (1, 1)), (1, 1))  # (size, size, 3)
+        return np.rint(image).astype(np.uint8)
 
 
 def draw_minatar(state, size):  # shared

@@ -1179,10 +1179,21 @@ def test_noops():
 
 
 def test_area_resizing():
-    env = d.AtariByLife(Lives(), 4, 2, 0, True)
-    frame = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
-    expected = frame.reshape(2, 4, 2, 4, 3).mean((1, 3))
-    assert np.abs(env.picture(frame) - expected).max() <= 1
+    """Cells of 210 / 64 by 160 / 64 pixels, partly covered ones counted by their share; checked by finer pixels."""
+    frame = np.random.default_rng(0).integers(256, size=(10, 6, 3), dtype=np.uint8)
+    fine = frame.repeat(4, 0).repeat(4, 1).astype(np.float64)  # 40 x 24: cells of 10 x 6
+    expected = fine.reshape(4, 10, 4, 6, 3).mean((1, 3))
+    env = d.AtariByLife(Lives(), 4, 4, 0, True)
+    assert np.abs(env.picture(frame) - expected).max() <= 0.501
+    weights = d.area_weights(210, 64)
+    assert weights.shape == (64, 210) and np.allclose(weights.sum(1), 1, atol=1e-5)
+    assert np.allclose(weights.sum(0), 64 / 210, atol=1e-5)
+    assert (env.picture(np.full((210, 160, 3), 255, np.uint8)) == 255).all()
+    x = np.zeros((210, 160, 3), np.uint8)
+    x[0, :, 1] = 200
+    assert env.picture(x)[0, :, 1].tolist() == [round(200 * 4 / 210)] * 4 and env.picture(x)[1:].max() == 0
+    x[0, 0, 0] = 250
+    assert env.picture(x.transpose(1, 0, 2))[:, 0, 1].tolist() == [round(200 * 4 / 210)] * 4  # rows are rows
 
 
 def test_agent_policy():

@@ -26,7 +26,9 @@ def weights(actions, seed=0):
     """(from latent and action, latent to latent, latent to reward, value and logits)."""
     rng = np.random.default_rng(seed)
     sizes = (LATENT + actions, LATENT), (LATENT, LATENT), (LATENT, actions + 2)
-    return [rng.normal(size=s).astype(np.float32) * scale for s, scale in zip(sizes, (0.1, 0.15, 0.3))]
+    into, through, out = (rng.normal(size=s).astype(np.float32) * scale for s, scale in zip(sizes, (0.1, 0.15, 0.3)))
+    out[:, 0] *= 0.1  # rewards are small beside values, as they are in most environments
+    return into, through, out
 
 
 def roots(trees, actions, seed=1):

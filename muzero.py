@@ -261,7 +261,7 @@ class Args:
 PRESETS = {
     # The paper's Atari networks and settings with Reanalyse's frames: 200M, 1M updates.
     "full": {},
-    # A laptop: MLPs of 66 thousand parameters on CartPole. NOTE: without the consistency loss its latents say little of
+    # A laptop: MLPs of 63 thousand parameters on CartPole. NOTE: without the consistency loss its latents say little of
     # what moves slowly: two of four seeds let the cart drift away after 170 to 390 steps.
     "cpu": dict(
         env_id="CartPole-v1", total_timesteps=10_000, num_envs=16, frame_stack=1, support=20, num_simulations=16,

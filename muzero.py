@@ -2717,6 +2717,8 @@ def train(args):
     parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in "h g f policy value reward".split())
     say(f"run: {run}\nparameters: {count_params(model):,} ({parts})")
     say(f"replay: {N} x {capacity:,} rows, {size:.2f} GB on {store}; {1 / args.train_ratio:g} agent steps per update")
+    # NOTE: the outcome of self-play for whoever moves first says nothing about strength: it must not pass for a return.
+    return_tag = "self_play_outcome" if game else "episodic_return"
     # due: updates before the next action (None: act first); owed: fractions of updates carried over; history: actions
     # since all environments were reset; marks: their episode numbers then.
     global_step, updates, due, owed, random_return, learning_starts = 0, 0, None, 0.0, None, args.learning_starts
@@ -2850,7 +2852,7 @@ def train(args):
                 episodes = infos["final_info"]["episode"]
                 for i in ended:
                     recent.append(float(episodes["r"][i]))
-                    tags = {"charts/episodic_return": recent[-1], "charts/episodic_length": int(episodes["l"][i])}
+                    tags = {f"charts/{return_tag}": recent[-1], "charts/episodic_length": int(episodes["l"][i])}
                     logger.scalars(tags, global_step)
             reward = np.where(is_first, 0.0, reward)
             due = 0
@@ -2892,7 +2894,7 @@ def train(args):
             logger.scalars(tags, global_step)
             shown = f"{np.mean(list(recent)[-10:]):.1f}" if recent else "none yet"
             pace = f"updates={updates}, SPS={tags['charts/SPS']:.0f}"
-            say(f"global_step={global_step}, episodic_return={shown}, {pace}")
+            say(f"global_step={global_step}, {return_tag}={shown}, {pace}")
         if passed(args.report_every, global_step, N) and not game:
             with uncompiled(args):
                 errors, frames = prediction_errors(model, args, device, 1000 + global_step)

@@ -451,7 +451,7 @@ def test_report(trained):
     text = Path("res/rep.md").read_text()
     low, high = report.interval([[10.0, 20.0, 60.0]], report.STATISTICS["mean"])
     assert (
-        f"| CartPole-v1 | **toy --preset cpu** | 3 | 30.0 | {low:.1f} to {high:.1f} | 30.0 | 20.0 | - | 1.0 |" in text
+        f"| CartPole-v1 | **toy --preset cpu** | 3 | 30.0 | {low:.1f} to {high:.1f} | 30.0 | 20.0 | - | 1.00 |" in text
     )
     assert "CartPole-v1__toy__4__0`: no result.json: not finished" in text
     assert Path("res/rep.png").read_bytes()[:4] == b"\x89PNG" and Path("res/rep.png").stat().st_size > 10_000

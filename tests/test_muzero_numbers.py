@@ -487,7 +487,7 @@ def test_loss_against_a_loop():
     """The stacked heads give the loss of the loop of the paper's pseudocode, and its gradients: step 0 weighs 1, the
     others 1/K; half of the gradient passes from state to state, all of it from a head to its state."""
     torch.manual_seed(0)
-    model, args = build("cpu", "vector", 2, unroll_steps=3)
+    model, args = build("cpu", "vector", 2, unroll_steps=3, consistency_scale=0.0)
     random_heads(model)
     batch, K = one_batch(), 3
     loss, metrics, values = mz.muzero_loss(model, batch, args)
@@ -513,8 +513,34 @@ def test_loss_against_a_loop():
     assert set(metrics) >= {"value", "policy", "reward"} and values.shape == (4,)
 
 
+def test_consistency_loss():
+    """Imagined latents against h of the later observations, only where those exist; the target gets no gradient."""
+    torch.manual_seed(0)
+    K, B = 3, 4
+    model, args = build("cpu", "vector", 2, unroll_steps=K, consistency_scale=2.0)
+    model.eval()  # the batch norms of the projections then treat samples apart
+    batch = one_batch() | {"past": torch.full((B, K + 1, 1), -1)}
+    batch["obs/observation"] = torch.randn(B, K + 1, 1, 4)
+    batch["exists"] = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]).float()
+    loss, metrics, _ = mz.muzero_loss(model, batch, args)
+    plain = mz.muzero_loss(model, batch, dataclasses.replace(args, consistency_scale=0.0))[0]
+    s, expected = model.represent({"observation": batch["obs/observation"][:, 0]}), torch.zeros(B)
+    for k in range(1, K + 1):
+        s = model.dynamics(s, batch["action"][:, k - 1])
+        with torch.no_grad():
+            true = model.project(model.represent({"observation": batch["obs/observation"][:, k]}))
+        cosine = F.cosine_similarity(model.foresee(model.project(s)), true, dim=-1)
+        expected = expected - cosine * batch["exists"][:, k] / K
+    assert torch.allclose(loss - plain, 2 * expected, atol=1e-5) and expected[3] == 0 and expected[0] != 0
+    close(metrics["consistency"], expected.mean().detach(), 1e-6)
+    batch["obs/observation"].requires_grad_()
+    mz.muzero_loss(model, batch, args)[0].sum().backward()
+    grad = batch["obs/observation"].grad.abs().sum((0, 2, 3))
+    assert grad[0] > 0 and (grad[1:] == 0).all()
+
+
 def test_masked_steps_do_not_count():
-    model, args = build("cpu", "vector", 2, unroll_steps=3)
+    model, args = build("cpu", "vector", 2, unroll_steps=3, consistency_scale=0.0)
     random_heads(model)
     batch = one_batch()
     for k in ("value_mask", "policy_mask", "exists"):
@@ -530,7 +556,15 @@ def test_masked_steps_do_not_count():
 def test_updates_follow_the_schedule_and_stop_at_bad_numbers(kind):
     """Weights move as with torch's optimizer and the scheduled rate; after a loss that is not finite nothing moves."""
     torch.manual_seed(0)
-    flags = dict(unroll_steps=3, optimizer=kind, learning_rate=0.01, lr_decay=0.5, lr_decay_updates=2, warmup_updates=2)
+    flags = dict(
+        unroll_steps=3,
+        consistency_scale=0.0,
+        optimizer=kind,
+        learning_rate=0.01,
+        lr_decay=0.5,
+        lr_decay_updates=2,
+        warmup_updates=2,
+    )
     model, args = build("cpu", "vector", 2, max_grad_norm=0.05, **flags)
     random_heads(model)
     learner, other = mz.MuZeroLearner(model, args, torch.device("cpu")), copy.deepcopy(model)

@@ -506,7 +506,11 @@ class Trees:
     one is a bin for masked writes. Where Q is normalised within a node (or by known bounds), a node's best action can
     change only when the node is on the path just backed up. So `best` is kept per node, and beside it `leaf`: the node
     that following `best` from here leads to. Selection is then a single lookup at the root; the price is that a backup
-    refreshes both for the whole path, all depths at once."""
+    refreshes both for the whole path, all depths at once.
+
+    `static`: keep all shapes as they are in the deepest case, as a CUDA graph needs it; a CPU saves that work."""
+
+    static = False
 
     def __init__(self, prior_logits, value, latent, simulations, discount, invalid=None, q_norm="siblings", gumbel=None,
                  considered=16, gumbel_scale=0.1, c1=1.25, c2=19652):  # fmt: skip
@@ -534,7 +538,8 @@ class Trees:
         self.path[self.root, 0], self.leaf[self.root] = self.root, self.root
         lag = torch.arange(simulations + 1, device=device)[:, None] - torch.arange(simulations + 1, device=device)
         self.powers = torch.where(lag >= 0, torch.pow(float(discount), lag.clamp(min=0).to(dtype)), 0)
-        self.deepest = 0 if device.type == "cpu" else simulations  # on a GPU shapes stay the same
+        self.static = Trees.static or device.type != "cpu"
+        self.deepest = simulations if self.static else 0
         if gumbel is not None:
             self.logits = torch.zeros(M, A, dtype=dtype, device=device)
             self.logits[self.root], self.root_logits = logits, logits - logits.amax(-1, keepdim=True)
@@ -590,7 +595,7 @@ class Trees:
             action = (self.root_scores(scores, 0) if depth == 0 else scores).argmax(-1)
             following = self.child[node, action]
             going = following >= 0
-            if self.value.device.type == "cpu" and not going.any():
+            if not (self.static or going.any()):
                 break
             node = torch.where(going, following, node)
         return node, action
@@ -608,7 +613,7 @@ class Trees:
         self.path[new], self.act[new] = self.path[parent], self.act[parent]
         self.path[new, depth + 1], self.act[new, depth] = new, action
         self.best[new], self.leaf[new] = self.prior[new].argmax(-1), new
-        if self.value.device.type == "cpu":
+        if not self.static:
             self.deepest = max(self.deepest, int(depth.max()) + 1)
         D = self.deepest
         nodes, actions = self.path[new, : D + 1], self.act[new, :D]  # (B, D+1), (B, D)
@@ -629,12 +634,12 @@ class Trees:
 
         # Refresh the best actions of the path, then where they lead: a node whose best action stays on the path shares
         # the leaf of the first node below it whose best action leaves the path.
-        if self.value.device.type == "cpu":  # one deep path makes D large: look only at nodes that there are
+        if self.static:
+            best = self.scores(parents).argmax(-1)
+        else:  # one deep path makes D large: look only at nodes that there are
             some, best = live.flatten().nonzero().squeeze(1), torch.zeros_like(actions).flatten()
             best[some] = self.scores(parents.flatten()[some]).argmax(-1)
             best = best.view_as(actions)
-        else:
-            best = self.scores(parents).argmax(-1)
         best[:, 0] = self.root_scores(self.scores(self.root), i).argmax(-1)  # (B, D)
         self.best[parents] = best
         following = self.child[parents, best]

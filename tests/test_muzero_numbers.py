@@ -288,8 +288,10 @@ def slow_search(logits, value, latent, model, S, discount, invalid, q_norm="sibl
 
 @pytest.mark.parametrize("A, S, discount, masked", [(2, 40, 0.997, False), (5, 60, 0.9, True), (9, 50, -1.0, True)])
 @pytest.mark.parametrize("kind", ["siblings", "bounds", "tree", "gumbel"])
-def test_search_equals_the_slow_one(kind, A, S, discount, masked):
+@pytest.mark.parametrize("static", [False, True])  # shapes as on a CPU, and as in a CUDA graph
+def test_search_equals_the_slow_one(static, kind, A, S, discount, masked, monkeypatch):
     B = 12
+    monkeypatch.setattr(mz.Trees, "static", static)
     model = RandomTree(A, seed=A, scale=0.2 if discount < 0 else 1.0)
     logits, value, latent = model.root(B, seed=S)
     g = torch.Generator().manual_seed(0)

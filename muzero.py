@@ -1951,36 +1951,33 @@ def prediction_errors(model, args, device, key, n=8, length=200, horizons=(1, 5,
     of an episode rewards are 0: whoever foresees ends foresees that. Also frames of the first episode
     (`foresight_frames`)."""
     envs, policy = make_envs(whole_games(args), n, key), agent_policy(model, device, args)
-    state, first, rows, rng = None, np.ones(n, bool), [], np.random.default_rng(key)
+    state, first, rows, pictures, rng = None, np.ones(n, bool), [], [], np.random.default_rng(key)
     try:
         obs, _ = envs.reset()
         for _ in range(length):
+            pictures.append(draw({k: v[0] for k, v in obs.items()}))
             actions, state = policy(obs, first, state)
-            seen = {k: v.clone() for k, v in state.obs.items()}, state.past.clone()
+            s = model.represent(state.obs, state.past)  # of all steps at once: too much memory with large stacks
             actions[n // 2 :] = rng.integers(model.actions, size=n - n // 2)  # the searcher sees these as its own
             obs, reward, terminated, truncated, _ = envs.step(actions)
             first = terminated | truncated
-            rows.append((*seen, *(torch.as_tensor(x) for x in (actions.copy(), reward, terminated, truncated))))
+            told = (torch.as_tensor(x, device=device) for x in (actions.copy(), reward, terminated, truncated))
+            rows.append((s, model.predict(s)[1], *told))
     finally:
         envs.close()
     far = max(horizons)
     T = length - far
-    stack = {k: torch.stack([r[0][k] for r in rows]).flatten(0, 1) for k in rows[0][0]}  # (length * n, F, ...)
-    s = model.represent(stack, torch.stack([r[1] for r in rows]).flatten(0, 1))
-    true_value = model.predict(s)[1].view(length, n)
-    actions, rewards, ends, cuts = (torch.stack([r[i] for r in rows]).to(device) for i in (2, 3, 4, 5))  # (length, n)
-    s, out, foreseen = s[: T * n], {}, {}
+    latents, *columns = zip(*rows, strict=True)
+    true_value, actions, rewards, ends, cuts = (torch.stack(x) for x in columns)  # (length, n)
+    s, out, foreseen = torch.cat(latents[:T]), {}, {}  # (T * n, ...)
     over, known = (torch.zeros(T, n, dtype=torch.bool, device=device) for _ in range(2))
     known[:] = True  # whether the truth is known: until a truncation, and for ever after an end
 
     def compare(name, k, guess, truth, where):
         guess, truth = guess[where].double(), truth[where].double()
         if len(truth):
-            variance = truth.var(correction=0)
-            out[f"{name}_mse_{k}"], out[f"{name}_variance_{k}"] = (
-                float((guess - truth).square().mean()),
-                float(variance),
-            )
+            out[f"{name}_mse_{k}"] = float((guess - truth).square().mean())
+            out[f"{name}_variance_{k}"] = float(truth.var(correction=0))
 
     for k in range(1, far + 1):
         here = slice(k - 1, k - 1 + T)
@@ -1994,9 +1991,8 @@ def prediction_errors(model, args, device, key, n=8, length=200, horizons=(1, 5,
             compare("value", k, foreseen[k], true_value[k : k + T], known & ~over)
     end = (ends | cuts)[:, 0]
     end = min(int(end.nonzero()[0]) + 1 if end.any() else length, T + min(horizons))  # as far as every curve goes
-    pictures = [draw({k: v[0, -1].cpu().numpy() for k, v in row[0].items()}) for row in rows[:end]]
     ahead = {k: torch.cat([true_value[:k, 0], v[:, 0]])[:end].tolist() for k, v in foreseen.items()}
-    return out, foresight_frames(pictures, true_value[:end, 0].tolist(), ahead)
+    return out, foresight_frames(pictures[:end], true_value[:end, 0].tolist(), ahead)
 
 
 def draw(obs, size=96):  # shared

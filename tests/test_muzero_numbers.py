@@ -833,6 +833,61 @@ def test_random_games_agree_with_a_slow_referee():
             assert bool(reward) == any(runs) and done == (any(runs) or (board != 0).all())
 
 
+class Lives(gym.Env):
+    """Lives after each raw step from a list; frames are noise; has an `ale` as the emulator's environment."""
+
+    observation_space, action_space = gym.spaces.Box(0, 255, (20, 30, 3), np.uint8), gym.spaces.Discrete(4)
+
+    def __init__(self, lives):
+        self.plan, self.ale, self.resets = lives, self, 0
+
+    def lives(self):
+        return self.plan[self.t]
+
+    def frame(self):
+        return np.random.default_rng(self.t).integers(256, size=(20, 30, 3), dtype=np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        self.t, self.resets = 0, self.resets + 1
+        return self.frame(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.frame(), 1.0, self.plan[self.t] == 0, False, {}
+
+
+def test_atari_frames_rewards_and_lives():
+    """Two raw steps per action; a life won must not hide the next one lost; only the end of the game resets it."""
+    env = mz.AtariGame(Lives([3, 3, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2, 0]), 2, 10, False, 0, True)
+    env.reset(seed=0)
+    fine = lambda t: np.random.default_rng(t).integers(256, size=(20, 30, 3), dtype=np.uint8)  # noqa: E731
+    seen = []
+    for t in (2, 4, 7, 9, 12):  # raw steps so far; after a lost life one no-op is played
+        picture, reward, terminated, truncated, _ = env.step(1)
+        assert env.unwrapped.t == t and reward == 2 and not truncated
+        block = np.maximum(fine(t), fine(t - 1)).reshape(10, 2, 10, 3, 3).mean((1, 3))
+        assert np.abs(picture - block).max() <= 0.501
+        seen.append(terminated)
+        if terminated:
+            env.reset(seed=1)
+    assert seen == [False, True, False, True, True] and env.unwrapped.resets == 2
+    env.step(0), env.step(0)
+    env.reset(seed=1, options={"full": True})
+    assert env.unwrapped.resets == 3
+    whole = mz.AtariGame(Lives([3, 3, 2, 2, 0]), 2, 10, True, 0, False)
+    whole.reset(seed=0)
+    picture, _, terminated, *_ = whole.step(0)
+    assert not terminated and picture.shape == (10, 10, 1) and whole.step(0)[2]
+
+
+def test_area_weights():
+    for n, size in ((210, 96), (160, 96), (10, 5), (7, 7)):
+        weights = mz.area_weights(n, size)
+        assert weights.shape == (size, n) and np.allclose(weights.sum(1), 1, atol=1e-5)
+        assert np.allclose(weights.sum(0), size / n, atol=1e-5)
+    assert np.allclose(mz.area_weights(3, 2), [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]])
+
+
 def test_presets_are_within_the_ranges():
     for name, flags in mz.PRESETS.items():
         mz.check_args(dataclasses.replace(mz.Args(), preset=name, **flags))

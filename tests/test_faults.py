@@ -111,6 +111,7 @@ SCRIPTS = {
     "muzero": dict(
         tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 96 --learning-starts 16 --hidden 8 --latent 4 "
         "--support 5 --unroll-steps 2 --td-steps 3 --num-simulations 3 --batch-size 4 --train-ratio 0.14 --channels 4 "
+        "--consistency-scale 0 "
         "--blocks 1 --log-every 16 --save-every 32 --report-every 0 --eval-episodes 2 --target-return None",
         train_instance=1,
         update=("MuZeroLearner", "update"),

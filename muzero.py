@@ -1560,7 +1560,7 @@ def resize(image, size):  # shared
 
 
 @functools.cache
-def area_weights(n, size):
+def area_weights(n, size):  # shared
     """(size, n): shares of n pixels in each of `size` cells of equal length, as OpenCV's INTER_AREA when it shrinks."""
     edges = np.arange(size + 1) * (n / size)
     low, high = np.maximum(edges[:-1, None], np.arange(n)), np.minimum(edges[1:, None], np.arange(n) + 1)

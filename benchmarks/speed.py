@@ -1,11 +1,12 @@
 """How fast a script's update and acting step are, on random data and without an environment.
 
     python benchmarks/speed.py dreamerv3:size=1m planet_cem --kinds vector image
-    python benchmarks/speed.py muzero:preset=atari100k --kinds image
+    python benchmarks/speed.py muzero:preset=atari100k diamond --kinds image
     python benchmarks/speed.py dreamerv3:size=200m --modes eager compiled --precisions fp32 bf16 --name speed-gpu
 
 A configuration is SCRIPT[:flag=value,...]; `preset=NAME` is a flag too. Each line of the table is measured in a
-process of its own. One update is all that the learner's `update` does: losses, one backward, clipping, optimizer. An
+process of its own. One update is all that the learner's `update` does: losses, one backward, clipping, optimizer;
+where networks learn apart from each other it is one update of each. An
 acting step is the agent's policy for --num-envs environments, planning or tree search included.
 Columns:
 
@@ -101,11 +102,49 @@ def muzero_parts(script, args, obs_space, action_space, device):
     return model.eval(), script.MuZeroLearner(model, args, device), batch, script.compile_networks
 
 
+class OneOfEach:
+    """A learner of several networks: one update is one of each."""
+
+    def __init__(self, learner):
+        self.learner, self.check = learner, learner.check
+
+    def update(self, batches):
+        metrics = {}
+        for kind, batch in batches.items():
+            metrics |= self.learner.update(kind, batch)
+        return metrics
+
+
+def diamond_parts(script, args, obs_space, action_space, device):
+    """The batches are drawn from a replay of random episodes; the actor-critic's update imagines its rollout."""
+    import torch
+
+    shape, N = next(iter(obs_space.values())).shape, 4
+    if len(shape) != 3:
+        raise ValueError("diamond.py sees images only: --kinds image")
+    with torch.device(device):
+        model = script.Diamond(shape, int(action_space.n), {k: getattr(args, k) for k in script.SHAPES})
+    model.to(memory_format=torch.channels_last)
+    replay, everyone, rng = script.FrameReplay(200, N, shape, device), np.arange(N), np.random.default_rng(0)
+    frames = lambda: rng.integers(0, 256, (N, *shape), np.uint8)  # noqa: E731
+    for _ in range(4):  # episodes of 40 steps
+        replay.begin(everyone, frames())
+        for _ in range(40):
+            actions, rewards = rng.integers(action_space.n, size=N), rng.integers(-1, 2, N)
+            replay.add(everyone, actions, rewards, np.zeros(N, bool), frames())
+        replay.close(everyone)
+    learner = script.DiamondLearner(model, args, device)
+    learner.begin(replay.batch("begin", args))
+    batches = {kind: replay.batch(kind, args) for kind in learner.steps}
+    return model, OneOfEach(learner), batches, lambda model, each: script.compile_diamond(model, each.learner)
+
+
 # Name: (parts, the kinds of observations with which it gets Discrete actions)
 SCRIPTS = {
     "dreamerv3": (dreamerv3_parts, {"image"}),
     "planet_cem": (planet_cem_parts, set()),
     "muzero": (muzero_parts, {"vector", "image"}),
+    "diamond": (diamond_parts, {"vector", "image"}),
 }
 
 
@@ -206,7 +245,7 @@ def make_policy(script, model, device, args):
 def losses_of(output):
     """The metrics that an update returns, as numbers."""
     metrics = output[0] if isinstance(output, tuple) else output
-    return {k: float(v) for k, v in metrics.items() if k != "learning_rate"}
+    return {k: float(v) for k, v in metrics.items() if not k.startswith("learning_rate")}
 
 
 def one(order):

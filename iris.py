@@ -284,11 +284,11 @@ PRESETS = {
     # A laptop: Catch, 32x32 pixels in 16 tokens that see one 8x8 patch each; learning rates for hundreds of updates.
     "cpu": dict(
         env_id="Catch-v0", image_size=32, total_timesteps=12_800, num_envs=16, steps_per_epoch=320, extra_epochs=0,
-        tokenizer_start=5, tokenizer_stop=10, world_model_start=10, actor_critic_start=20, tokenizer_updates=80,
-        world_model_updates=100, actor_critic_updates=20, vocab_size=64, code_dim=16, tok_channels=64, tok_levels=1,
+        tokenizer_start=5, tokenizer_stop=12, world_model_start=12, actor_critic_start=28, tokenizer_updates=100,
+        world_model_updates=50, actor_critic_updates=30, vocab_size=64, code_dim=16, tok_channels=64, tok_levels=1,
         tok_blocks=1, tok_attention="", tok_latent=32, tok_groups=1, tok_patch=8, tok_tiles=4, revive_codes=600,
-        batch_length=4, embed_dim=64, num_layers=2, num_heads=4, dropout=0.0, imag_horizon=8, burn_in=2, gamma=0.95,
-        ent_coef=0.01, ac_channels="16 16", lstm_size=128, mask_after_end=True, tokenizer_batch_size=32, batch_size=32,
+        batch_length=2, embed_dim=64, num_layers=2, num_heads=4, dropout=0.0, imag_horizon=8, burn_in=2, gamma=0.95,
+        ent_coef=0.01, ac_channels="16 16", lstm_size=128, mask_after_end=True, tokenizer_batch_size=32, batch_size=64,
         ac_batch_size=64, tokenizer_lr=3e-3, world_model_lr=2e-3, actor_critic_lr=1e-3, compile=False, num_threads=1,
         log_every=640, report_every=6_400, save_every=6_400,
     ),
@@ -601,7 +601,12 @@ class Tokenizer(nn.Module):
 
     def show(self, tokens):
         """What the policy sees of frames: tokens (N, K) -> images in [0, 1]."""
-        return self.decode(self.embed(tokens)).clamp(0, 1)
+        codes = self.embedding.weight
+        if self.tiles < self.side or tokens.numel() < len(codes):
+            return self.decode(self.embed(tokens)).clamp(0, 1)
+        # Tokens that are drawn apart from each other look the same everywhere: draw each code word once.
+        pieces = self.decoder(self.post_quant_conv(codes[:, :, None, None])).float()  # (V, C, S/tiles, S/tiles)
+        return ((self.join(pieces[tokens.flatten()]) + 1) / 2).clamp(0, 1)
 
     def encode_decode(self, x):
         return self.decode(self.embed(self.encode(x)))
@@ -802,7 +807,7 @@ class Iris(nn.Module):
     @torch.no_grad()
     def act(self, frames, state, temperature=1.0):
         """Frames (N, S, S, C) uint8, LSTM state -> actions (N,), state. The policy sees reconstructions here too."""
-        seen = self.tokenizer.encode_decode(to_images(frames)).clamp(0, 1)
+        seen = self.tokenizer.show(self.tokenizer.encode(to_images(frames)))
         logits, _, state = self.actor_critic(seen.unsqueeze(1), state)
         return sample_categorical(logits[:, 0], temperature), state
 
@@ -1253,6 +1258,8 @@ class EpisodeReplay:
         size = min(self.CHUNK, self.capacity)
         for e in range(len(self.count)):
             first = max(self.encoded[e], self.count[e] - self.capacity)
+            if first == self.count[e]:
+                continue
             for begin in range(first // size * size, self.count[e], size):
                 rows = torch.as_tensor((begin + np.arange(size)) % self.capacity, device=self.device)
                 tokens = tokenizer.encode(to_images(self.data["obs"][e, rows].to(device)))
@@ -2487,7 +2494,7 @@ def train(args):
         index = np.arange(N)[:, None] * replay.capacity + steps % replay.capacity
         frames = replay.gather("obs", torch.as_tensor(index, device=store)).to(device)
         with torch.no_grad():
-            seen = model.tokenizer.encode_decode(to_images(frames.flatten(0, 1))).clamp(0, 1)
+            seen = model.tokenizer.show(model.tokenizer.encode(to_images(frames.flatten(0, 1))))
             seen = seen.view(N, args.burn_in, *seen.shape[1:])
             return model.actor_critic(seen, model.actor_critic.initial(N, device), mask)[2]
 

@@ -285,11 +285,11 @@ PRESETS = {
     "cpu": dict(
         env_id="Catch-v0", image_size=32, total_timesteps=12_800, num_envs=16, steps_per_epoch=320, extra_epochs=0,
         tokenizer_start=5, tokenizer_stop=12, world_model_start=12, actor_critic_start=28, tokenizer_updates=100,
-        world_model_updates=50, actor_critic_updates=30, vocab_size=64, code_dim=16, tok_channels=64, tok_levels=1,
+        world_model_updates=50, actor_critic_updates=20, vocab_size=64, code_dim=16, tok_channels=64, tok_levels=1,
         tok_blocks=1, tok_attention="", tok_latent=32, tok_groups=1, tok_patch=8, tok_tiles=4, revive_codes=600,
         batch_length=2, embed_dim=64, num_layers=2, num_heads=4, dropout=0.0, imag_horizon=8, burn_in=2, gamma=0.95,
-        ent_coef=0.01, ac_channels="16 16", lstm_size=128, mask_after_end=True, tokenizer_batch_size=32, batch_size=64,
-        ac_batch_size=64, tokenizer_lr=3e-3, world_model_lr=2e-3, actor_critic_lr=1e-3, compile=False, num_threads=1,
+        ent_coef=0.01, ac_channels="8 16", lstm_size=128, mask_after_end=True, tokenizer_batch_size=32, batch_size=64,
+        ac_batch_size=64, tokenizer_lr=3e-3, world_model_lr=2e-3, actor_critic_lr=3e-3, compile=False, num_threads=1,
         log_every=640, report_every=6_400, save_every=6_400,
     ),
     # The default, under the name that the other scripts give to this benchmark.
@@ -1166,7 +1166,7 @@ class EpisodeReplay:
     """Ring buffers (environment, row) of uint8 frames, allocated once on `device`, and a list of episodes in them.
     Beside each frame stand its tokens and its reconstruction, as the tokenizer of this epoch makes them."""
 
-    CHUNK = 256  # frames encoded at a time
+    CHUNK = 64  # frames encoded at a time
 
     def __init__(self, capacity, num_envs, specs, device="cpu", seed=0):
         """capacity: rows per environment; specs: {name: (shape, dtype)}."""

@@ -55,6 +55,7 @@ of frame t+1.
 """
 
 import bisect
+import contextlib
 import copy
 import ctypes
 import json
@@ -311,14 +312,15 @@ RANGES = {
         "log_every".split(), (1, math.inf),
     ),
     **dict.fromkeys(
-        "extra_epochs tokenizer_start tokenizer_stop world_model_start actor_critic_start tokenizer_updates "
+        "extra_epochs tokenizer_start world_model_start actor_critic_start tokenizer_updates "
         "world_model_updates actor_critic_updates revive_codes burn_in report_every".split(), (0, 10**9),
     ),
     **dict.fromkeys("sticky_actions gamma return_lambda epsilon tau weight_decay".split(), (0, 1)),
     **dict.fromkeys("beta recon_scale ent_coef".split(), (0, 1e9)),
     **dict.fromkeys("learning_rate tokenizer_lr world_model_lr actor_critic_lr".split(), (1e-12, 1)),
     **{"seed": (0, 2**32 - 1), "noop_max": (0, 1000), "image_size": (8, 256), "vocab_size": (2, 32767)},
-    **{"tok_levels": (1, 8), "dropout": (0, 0.99), "imag_horizon": (2, 10**6), "max_grad_norm": (1e-9, 1e12)},
+    **{"tokenizer_stop": (1, 10**9), "tok_levels": (1, 8)},
+    **{"dropout": (0, 0.99), "imag_horizon": (2, 10**6), "max_grad_norm": (1e-9, 1e12)},
     **{"temperature": (0, 1e6), "eval_temperature": (0, 1e6), "target_return": (-1e300, 1e300)},
 }
 # fmt: on
@@ -2372,6 +2374,11 @@ def main(args):  # shared
         raise SystemExit(f"{e}; ckpt.pt, if there is one, is from before it") from None
 
 
+def uncompiled(args):
+    """Run what is compiled eagerly inside: other batch sizes and lengths are not worth a compilation each."""
+    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
+
+
 def train(args):
     """The whole algorithm (Algorithm 1): epochs of collecting, then learning tokenizer, world model and behavior.
     Returns the metrics."""
@@ -2507,10 +2514,12 @@ def train(args):
         # Collect: the policy looks at reconstructions; a life is an episode, a time limit is an ordinary end.
         began, stride = clock(), 0
         if due is None and global_step < args.total_timesteps:
-            carry = warm_up()
+            with uncompiled(args):
+                carry = warm_up()
             while collected < args.steps_per_epoch and global_step < args.total_timesteps and not stop.signum:
                 frames = torch.as_tensor(obs[image_key], device=device)
-                action, carry = model.act(frames, carry, args.temperature)
+                with uncompiled(args):
+                    action, carry = model.act(frames, carry, args.temperature)
                 actions, stray = action.cpu().numpy(), np.random.random(N) < args.epsilon
                 actions = np.where(stray, np.random.randint(action_space.n, size=N), actions)
                 before = obs[image_key]
@@ -2537,6 +2546,8 @@ def train(args):
         # Learn: first the tokenizer, then the world model on its tokens, then the behavior in the world model's dreams.
         if due is None:
             due = schedule(args, epoch + 1)
+            if not replay.episodes:  # resumed without a replay after the last agent step
+                due = dict.fromkeys(due, 0)
         table = replay.table()
         for part in learner.PARTS:
             if part != "tokenizer" and due[part] and not stop.signum:
@@ -2594,7 +2605,8 @@ def train(args):
             pace = f"epoch={epoch}, updates={updates}, SPS={tags['charts/SPS']:.0f}"
             say(f"global_step={global_step}, episodic_return={shown}, {pace}{extra}")
         if passed(args.report_every, progress, stride) and not stop.signum:
-            report(args, model, run, progress, obs_space, device, logger)
+            with uncompiled(args):
+                report(args, model, run, progress, obs_space, device, logger)
         if passed(args.save_every, progress, stride) or ending:
             learner.check(f"step {global_step}, update {updates}")
             # NOTE: unfinished episodes are cut at scheduled checkpoints, interrupted or not: that is what makes a
@@ -2614,7 +2626,8 @@ def train(args):
     say(f"{elapsed / 60:.1f} minutes, {steps / elapsed:.0f} agent steps/s; {kind}: {spent}; per update: {each}")
     video = os.path.join(run, "videos", "episode.gif") if args.capture_video else None
     policy = agent_policy(model, device, args.eval_temperature)
-    returns = play_episodes(eval_args(args), policy, args.eval_episodes, 1, video, stop)
+    with uncompiled(args):
+        returns = play_episodes(eval_args(args), policy, args.eval_episodes, 1, video, stop)
     if stop.signum:
         stopped()
     score, std = float(np.mean(returns)), float(np.std(returns))

@@ -416,6 +416,36 @@ def test_names_of_the_official_tokenizer():
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("names", ["features.{}", "tokenizer.lpips.net.slice1.{}"])
+def test_lpips(names, tmp_path):
+    """VGG16's size, both spellings of its weights, in one file or two; 0 for equal images, by hand for one tap."""
+    torch.manual_seed(0)
+    widths, i, state, at = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512), 3, {}, 0
+    for w in widths:
+        if w:
+            state[names.format(at) + ".weight"] = torch.randn(w, i, 3, 3) / (3 * i**0.5)
+            state[names.format(at) + ".bias"] = torch.zeros(w)
+            i = w
+        at += 2 if w else 1
+    heads = {f"lin{k}.model.1.weight": torch.zeros(1, c, 1, 1) for k, c in enumerate((64, 128, 256, 512, 512))}
+    heads["lin0.model.1.weight"] += 1
+    torch.save(state, tmp_path / "vgg.pt")
+    torch.save(heads, tmp_path / "heads.pt")
+    model = iris.LPIPS(f"{tmp_path}/vgg.pt,{tmp_path}/heads.pt")
+    assert sum(p.numel() for p in model.net.parameters()) == 14_714_688
+    assert not any(p.requires_grad for p in model.parameters())
+    x, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    assert (model(x, x) == 0).all()
+    shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+    feats = []
+    for image in (x, y):
+        h = F.relu(F.conv2d((image - shift) / scale, state[names.format(0) + ".weight"], padding=1))
+        h = F.relu(F.conv2d(h, state[names.format(2) + ".weight"], padding=1))
+        feats.append(h / h.norm(dim=1, keepdim=True))
+    expected = ((feats[0] - feats[1]) ** 2).sum(1).mean((1, 2))
+    assert torch.allclose(model(x, y), expected, atol=1e-4)
+
+
 def test_gpt_loss_by_hand():
     """Every prediction stands where its label is, and padding counts for nothing."""
     args, model = small()

@@ -2242,6 +2242,7 @@ class Logger:  # shared
         # [optional: track
         if self.tracker:
             self.tracker.finish()
+        # track]
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------

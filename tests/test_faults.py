@@ -113,7 +113,7 @@ SCRIPTS = {
         tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 96 --steps-per-epoch 16 --tokenizer-start 0 "
         "--tokenizer-stop 100 --world-model-start 1 --actor-critic-start 2 --tokenizer-updates 1 "
         "--world-model-updates 1 --actor-critic-updates 1 --vocab-size 8 --code-dim 4 --tok-channels 8 --tok-latent 4 "
-        "--tok-tiles 2 --revive-codes 3 --embed-dim 8 --num-layers 1 --num-heads 2 --imag-horizon 3 --burn-in 2 "
+        "--tok-tiles 2 --revive-codes 3 --embed-dim 16 --num-layers 1 --num-heads 2 --imag-horizon 3 --burn-in 2 "
         "--lstm-size 8 --tokenizer-batch-size 4 --batch-size 2 --batch-length 4 --ac-batch-size 4 --image-size 16 "
         "--log-every 16 --save-every 32 --report-every 0 --eval-episodes 2 --target-return None",
         train_instance=1,
@@ -125,12 +125,12 @@ SCRIPTS = {
         state="learner replay rng episodes recent updates global_step epoch due collected",
         exact_stop=False,
         early=None,
-        resize=("--embed-dim", "8", "16"),
+        resize=("--lstm-size", "8", "16"),
         rich=dict(obs="image"),
         extra=[],
         pictures=[],
         other="ALE/Breakout-v5",
-        chatty="--total-timesteps 1200 --log-every 1 --steps-per-epoch 2 --save-every 10000 --buffer-size 100 "
+        chatty="--total-timesteps 3000 --log-every 1 --steps-per-epoch 2 --save-every 10000 --buffer-size 100 "
         "--tokenizer-updates 0 --world-model-updates 0",
         flags="ac-batch-size ac-channels action-repeat actor-critic-lr actor-critic-start actor-critic-updates "
         "batch-length batch-size beta bf16 buffer-size burn-in capture-video code-dim compile cuda dropout "

@@ -819,7 +819,7 @@ def to_images(frames):
     return frames.movedim(-1, -3).float() / 255
 
 
-def make_config(args, image_channels, actions):
+def iris_config(args, image_channels, actions):
     """Sizes of the networks, in plain types, for `Iris`."""
     tokenizer = dict(
         image_size=args.image_size, image_channels=image_channels, vocab_size=args.vocab_size, code_dim=args.code_dim,
@@ -2401,7 +2401,7 @@ def train(args):
     obs_space, action_space = probe_env(args)
     ((image_key, image_space),) = obs_space.items()
     device, N = choose_device(args), args.num_envs
-    config = make_config(args, image_space.shape[2], int(action_space.n))
+    config = iris_config(args, image_space.shape[2], int(action_space.n))
     K = (args.image_size // args.tok_patch >> (args.tok_levels - 1)) ** 2
     specs = EpisodeReplay.specs(image_space.shape, K)
     capacity = -(-min(args.buffer_size, args.total_timesteps + N) // N)  # rows per environment

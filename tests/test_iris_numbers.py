@@ -46,7 +46,7 @@ SMALL = dict(
 def small(**changes):
     torch.manual_seed(0)
     args = Args(**SMALL | changes)
-    model = Iris(iris.make_config(args, 3, 3)).eval()
+    model = Iris(iris.iris_config(args, 3, 3)).eval()
     return args, model
 
 
@@ -190,7 +190,7 @@ def test_published_parameter_counts():
     assert count_params(world.transformer) == 7_898_112 and count_params(world.pos_emb) == 87_040
     heads = [count_params(getattr(world, f"head_{n}")) for n in ("observations", "rewards", "ends")]
     assert heads == [197_376, 66_563, 66_306]
-    config = iris.make_config(Args(), 3, 18)
+    config = iris.iris_config(Args(), 3, 18)
     with torch.device("meta"):
         assert count_params(Iris(config)) == 4_027_523 + 8_451_077 + 3_225_139
     assert json.loads(json.dumps(config)) == config
@@ -268,7 +268,7 @@ def test_init_weights():
 def test_losses_at_initialisation():
     torch.manual_seed(0)
     args = Args(dropout=0.0)
-    model = Iris(iris.make_config(args, 3, 6)).eval()
+    model = Iris(iris.iris_config(args, 3, 6)).eval()
     rows = dict(tokens=torch.randint(512, (2, 20, 16)), action=torch.randint(6, (2, 20)), reward=torch.randn(2, 20))
     rows |= dict(end=torch.rand(2, 20) < 0.5, mask=torch.ones(2, 20, dtype=torch.bool))
     with torch.no_grad():
@@ -498,7 +498,7 @@ def test_imagination_of_the_published_length():
     """306 calls of the GPT with the last frame token merged into the action's call, and never more than 340 tokens."""
     torch.manual_seed(0)
     args = Args(**SMALL | dict(image_size=16, batch_length=20, imag_horizon=20))
-    model = Iris(iris.make_config(args, 3, 3)).eval()
+    model = Iris(iris.iris_config(args, 3, 3)).eval()
     assert model.world_model.max_tokens == 340 and model.tokenizer.num_tokens == 16
     calls = count_calls(model.world_model.transformer)
     sizes = []

@@ -38,7 +38,8 @@ Differences from the authors' code, each with its reason:
   * The time limit of training games is the emulator's own counter of raw frames.
   * With several environments each of them acts at random with probability epsilon by itself.
 Not the paper's, off by default: `--target-critic` and `--mask-after-end` of Delta-IRIS (arXiv:2406.19320);
-`--tok-patch`, `--tok-tiles`, `--revive-codes`, `--tokenizer-stop` for tokenizers that learn in seconds.
+`--tok-patch`, `--tok-tiles`, `--revive-codes`, `--tokenizer-stop` for tokenizers that learn in seconds,
+`--wm-init-gain`, `--skip-first-frame` for narrow GPTs that do.
 
 The algorithm is in the parts Maths, Networks, Losses and Replay and in the loop of `train`; a reader may stop there.
 The rest of the file makes it usable alone: environments, evaluation and dreams, checkpoints, checked flags.
@@ -217,6 +218,10 @@ class Args:
     """attention heads of a block"""
     dropout: float = 0.1
     """of embeddings, attention weights and residual branches of the GPT"""
+    wm_init_gain: float = 0.0
+    """initial weights of the GPT's linear layers from N(0, gain^2 / inputs) (0: from N(0, 0.02^2) as in the paper)"""
+    skip_first_frame: bool = False
+    """no loss on the tokens of a segment's first frame, which nothing precedes and no dream predicts"""
 
     # ---- Behavior
     imag_horizon: int = 20
@@ -290,10 +295,10 @@ PRESETS = {
         tokenizer_start=5, tokenizer_stop=12, world_model_start=12, actor_critic_start=28, tokenizer_updates=100,
         world_model_updates=50, actor_critic_updates=20, vocab_size=64, code_dim=16, tok_channels=64, tok_levels=1,
         tok_blocks=1, tok_attention="", tok_latent=32, tok_groups=1, tok_patch=8, tok_tiles=4, revive_codes=600,
-        batch_length=2, embed_dim=64, num_layers=2, num_heads=4, dropout=0.0, imag_horizon=8, burn_in=2, gamma=0.95,
-        ent_coef=0.01, ac_channels="8 16", lstm_size=128, mask_after_end=True, tokenizer_batch_size=32, batch_size=64,
-        ac_batch_size=64, tokenizer_lr=3e-3, world_model_lr=2e-3, actor_critic_lr=3e-3, compile=False, num_threads=1,
-        log_every=640, report_every=6_400, save_every=6_400,
+        batch_length=2, embed_dim=64, num_layers=2, num_heads=4, dropout=0.0, wm_init_gain=1.0, skip_first_frame=True,
+        imag_horizon=8, burn_in=2, gamma=0.95, ent_coef=0.01, ac_channels="8 16", lstm_size=128, mask_after_end=True,
+        tokenizer_batch_size=32, batch_size=64, ac_batch_size=64, tokenizer_lr=3e-3, world_model_lr=1e-3,
+        actor_critic_lr=3e-3, compile=False, num_threads=1, log_every=640, report_every=6_400, save_every=6_400,
     ),
     # The default, under the name that the other scripts give to this benchmark.
     "atari100k": {},
@@ -318,7 +323,7 @@ RANGES = {
         "world_model_updates actor_critic_updates revive_codes burn_in report_every".split(), (0, 10**9),
     ),
     **dict.fromkeys("sticky_actions gamma return_lambda epsilon tau weight_decay".split(), (0, 1)),
-    **dict.fromkeys("beta recon_scale ent_coef".split(), (0, 1e9)),
+    **dict.fromkeys("beta recon_scale ent_coef wm_init_gain".split(), (0, 1e9)),
     **dict.fromkeys("learning_rate tokenizer_lr world_model_lr actor_critic_lr".split(), (1e-12, 1)),
     **{"seed": (0, 2**32 - 1), "noop_max": (0, 1000), "image_size": (8, 256), "vocab_size": (2, 32767)},
     **{"tokenizer_stop": (1, 10**9), "tok_levels": (1, 8)},
@@ -418,10 +423,12 @@ def schedule(args, epoch):
 # ---- Networks --------------------------------------------------------------------------------------------------------
 
 
-def init_weights(module):
+def init_weights(module, gain=0.0):
     """The GPT's initialisation, for `module.apply`: N(0, 0.02) for linear layers and embeddings."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        # NOTE: at width 64 a spread of 0.02 leaves attention flat and branches silent for hundreds of updates.
+        wide = gain and isinstance(module, nn.Linear)
+        nn.init.normal_(module.weight, std=gain / module.in_features**0.5 if wide else 0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.LayerNorm):
@@ -703,7 +710,7 @@ class WorldModel(nn.Module):
     """GPT over blocks of K frame tokens and one action token."""
 
     def __init__(self, vocab_size=512, actions=18, tokens_per_frame=16, timesteps=20, embed_dim=256, num_layers=10,
-                 num_heads=4, dropout=0.1):  # fmt: skip
+                 num_heads=4, dropout=0.1, init_gain=0.0):  # fmt: skip
         super().__init__()
         self.block, self.max_tokens = tokens_per_frame + 1, timesteps * (tokens_per_frame + 1)
         self.vocab_size, self.actions = vocab_size, actions
@@ -716,7 +723,7 @@ class WorldModel(nn.Module):
         for name, o in sizes.items():
             head = nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, o))
             self.add_module(f"head_{name}", head)
-        self.apply(init_weights)
+        self.apply(lambda module: init_weights(module, init_gain))
         # NOTE: a frame token is predicted wherever one comes next: at the action (the next frame's first token) and at
         # every frame token but the last of its frame, which is followed by an action.
         self.at_action = tokens_per_frame
@@ -830,7 +837,7 @@ def iris_config(args, image_channels, actions):
     )  # fmt: skip
     world_model = dict(
         vocab_size=args.vocab_size, actions=actions, timesteps=args.batch_length, embed_dim=args.embed_dim,
-        num_layers=args.num_layers, num_heads=args.num_heads, dropout=args.dropout,
+        num_layers=args.num_layers, num_heads=args.num_heads, dropout=args.dropout, init_gain=args.wm_init_gain,
     )  # fmt: skip
     actor_critic = dict(actions=actions, image_size=args.image_size, image_channels=image_channels)
     actor_critic |= dict(channels=ints(args.ac_channels), lstm_size=args.lstm_size)
@@ -904,10 +911,14 @@ def gpt_loss(model, batch, args):
     tokens, mask, K = batch["tokens"], batch["mask"], batch["tokens"].shape[2]
     out = model.world_model(torch.cat([tokens, batch["action"].unsqueeze(-1)], -1).flatten(1))  # blocks of K + 1
     frames, rewards, ends = world_model_labels(tokens, batch["reward"], batch["end"], mask)
+    if args.skip_first_frame:
+        # NOTE: in segments of two frames its surprise, which cannot be learned, is all that is left of the loss.
+        frames[:, : K - 1] = -100
     # NOTE: the last action's prediction is dropped: the frame after the segment is not known.
     logits = out.observations[:, :-1].float()  # (B, T*K - 1, V)
+    known = (frames >= 0).sum().clamp(min=1)
     losses = {
-        "tokens": F.cross_entropy(logits.flatten(0, 1), frames.flatten()),
+        "tokens": F.cross_entropy(logits.flatten(0, 1), frames.flatten(), reduction="sum") / known,
         "rewards": F.cross_entropy(out.rewards.float().flatten(0, 1), rewards.flatten()),
         "ends": F.cross_entropy(out.ends.float().flatten(0, 1), ends.flatten()),
     }
@@ -917,7 +928,7 @@ def gpt_loss(model, batch, args):
         moved = (before != after) & mask[:, 1:].repeat_interleave(K, 1)
         right = logits[:, K - 1 :].argmax(-1) == after
         metrics = {
-            "token_accuracy": (logits.argmax(-1) == frames).sum() / (frames >= 0).sum().clamp(min=1),
+            "token_accuracy": (logits.argmax(-1) == frames).sum() / known,
             "changed_token_accuracy": (right & moved).sum() / moved.sum().clamp(min=1),
         }
     return losses, metrics

@@ -263,6 +263,11 @@ def test_init_weights():
     torch.nn.init.normal_(layer.weight)
     layer.apply(init_weights)
     assert (layer.weight == 1).all() and (layer.bias == 0).all()
+    model = WorldModel(init_gain=0.5)
+    for m in model.modules():
+        if isinstance(m, torch.nn.Linear) and m.weight.numel() > 5000:
+            assert abs(float(m.weight.std()) * m.in_features**0.5 / 0.5 - 1) < 0.05
+    assert abs(float(model.pos_emb.weight.std()) / 0.02 - 1) < 0.05
 
 
 def test_losses_at_initialisation():

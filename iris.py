@@ -292,9 +292,9 @@ PRESETS = {
     # tokens (elsewhere one in twenty), so rewards in dreams are noise; tokenizer and actor-critic learn on their own.
     "cpu": dict(
         env_id="Catch-v0", image_size=32, total_timesteps=12_800, num_envs=16, steps_per_epoch=320, extra_epochs=0,
-        tokenizer_start=5, tokenizer_stop=12, world_model_start=12, actor_critic_start=28, tokenizer_updates=100,
+        tokenizer_start=5, tokenizer_stop=13, world_model_start=13, actor_critic_start=28, tokenizer_updates=150,
         world_model_updates=50, actor_critic_updates=20, vocab_size=64, code_dim=16, tok_channels=64, tok_levels=1,
-        tok_blocks=1, tok_attention="", tok_latent=32, tok_groups=1, tok_patch=8, tok_tiles=4, revive_codes=600,
+        tok_blocks=1, tok_attention="", tok_latent=32, tok_groups=1, tok_patch=8, tok_tiles=4, revive_codes=1000,
         batch_length=2, embed_dim=64, num_layers=2, num_heads=4, dropout=0.0, wm_init_gain=1.0, skip_first_frame=True,
         imag_horizon=8, burn_in=2, gamma=0.95, ent_coef=0.01, ac_channels="8 16", lstm_size=128, mask_after_end=True,
         tokenizer_batch_size=32, batch_size=64, ac_batch_size=64, tokenizer_lr=3e-3, world_model_lr=1e-3,

@@ -288,8 +288,13 @@ class Args:
 PRESETS = {
     "full": {},
     # A laptop: Catch, 32x32 pixels in 16 tokens that see one 8x8 patch each; learning rates for hundreds of updates.
-    # NOTE: not above random yet. After 1400 updates the GPT misses two of three arrivals of the ball in the last row of
-    # tokens (elsewhere one in twenty), so rewards in dreams are noise; tokenizer and actor-critic learn on their own.
+    # Measured by stage, in CPU seconds of one thread of a busy machine (seed 2): tokenizer 1200 updates, 47 s, squared
+    # error of pixels 2e-5; GPT 750 updates, 33 s, then 600 more beside the actor-critic: 100 % of changed tokens on
+    # fresh episodes, and of dreamed rewards, of which one in seven is not zero, 96 % after 350 updates and 99.6 % at
+    # the end; actor-critic 240 updates, 110 s, above random after 140 to 180.
+    # NOTE: arrivals of the ball in the paddle's row of tokens that the GPT foresees, on true tokens: with the paper's
+    # initial weights and the loss of first frames 3 % after 1000 updates; without that loss 1 % after 400; with wider
+    # weights 64 % after 600; with both changes 93 % after 600.
     "cpu": dict(
         env_id="Catch-v0", image_size=32, total_timesteps=12_800, num_envs=16, steps_per_epoch=320, extra_epochs=0,
         tokenizer_start=5, tokenizer_stop=13, world_model_start=13, actor_critic_start=28, tokenizer_updates=150,

@@ -33,7 +33,7 @@ RUNS = {
     # -0.08, -0.11, -0.13; random -0.9. Returns of self-play say nothing.
     "muzero-tictactoe": ("muzero", ["--preset", "cpu_tictactoe"], None, -0.3, -0.7),
 }
-VIDEOS = {"muzero-cartpole": ["foresight-5008.gif", "foresight-10000.gif"], "muzero-tictactoe": []}
+VIDEOS = {"muzero-cartpole": ["foresight-10000.gif", "foresight-5008.gif"], "muzero-tictactoe": []}
 
 
 @pytest.fixture(scope="module")

@@ -1574,7 +1574,7 @@ def to_torch(obs, device):  # shared
 
 
 def random_policy(action_space, seed):  # shared
-    """Uniform actions, as a policy for play_episodes."""
+    """Uniform actions, as a policy: observations, is_first, its state -> actions, its state."""
     rng, n = np.random.default_rng(seed), getattr(action_space, "n", None)
     shape = () if n else action_space.shape
 
@@ -1603,7 +1603,13 @@ def agent_policy(model, device, temperature):
     return policy
 
 
-def play_episodes(args, policy, episodes, key, video=None, stop=None):
+def picture_of(env, obs):  # shared
+    """What the environment renders, if it does, else its observation."""
+    image = env.render() if getattr(env.unwrapped, "render_mode", None) == "rgb_array" else None
+    return image if isinstance(image, np.ndarray) and image.ndim == 3 else draw(obs)
+
+
+def play_episodes(args, policy, episodes, key, video=None, stop=None):  # shared
     """Returns of one episode in each of `episodes` fresh environments; `video`: path for a GIF of the first one;
     `stop`: a StopSignal that ends it early."""
     envs, frames, state, first = make_envs(args, episodes, key), [], None, np.ones(episodes, bool)
@@ -1612,7 +1618,7 @@ def play_episodes(args, policy, episodes, key, video=None, stop=None):
         obs, _ = envs.reset()
         for _ in range(args.max_episode_steps or 27_000):  # an environment without a limit ends here
             if video and alive[0]:
-                frames.append(draw({k: v[0] for k, v in obs.items()}))
+                frames.append(picture_of(envs.envs[0], {k: v[0] for k, v in obs.items()}))
             actions, state = policy(obs, first, state)
             obs, reward, terminated, truncated, _ = envs.step(actions)
             returns, first = returns + reward * alive, terminated | truncated
@@ -2393,7 +2399,7 @@ def main(args):  # shared
         raise SystemExit(f"{e}; ckpt.pt, if there is one, is from before it") from None
 
 
-def uncompiled(args):
+def uncompiled(args):  # shared
     """Run what is compiled eagerly inside: other batch sizes and lengths are not worth a compilation each."""
     return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 

@@ -1083,7 +1083,7 @@ def to_torch(obs, device):  # shared
 
 
 def random_policy(action_space, seed):  # shared
-    """Uniform actions, as a policy for play_episodes."""
+    """Uniform actions, as a policy: observations, is_first, its state -> actions, its state."""
     rng, n = np.random.default_rng(seed), getattr(action_space, "n", None)
     shape = () if n else action_space.shape
 
@@ -1956,7 +1956,7 @@ def main(args):  # shared
         raise SystemExit(f"{e}; ckpt.pt, if there is one, is from before it") from None
 
 
-def uncompiled(args):
+def uncompiled(args):  # shared
     """Run what is compiled eagerly inside: other batch sizes and lengths are not worth a compilation each."""
     return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 

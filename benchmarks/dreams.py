@@ -19,7 +19,8 @@ NAME.csv and NAME.png, all runs side by side.
     within --tolerance count as tied, and only numbers that move are counted: those where the truth or a dream differs
     from the last frame seen. Above the nominal share the dreams are too unsure, below it too sure of themselves.
 
-What a script must have: DreamEnv, and, for the real side, Args and make_env; agent_policy for --policy agent.
+What a script must have: DreamEnv, and, for the real side, Args and make_env; agent_policy for --policy agent. Where the
+dream's observations are not the environment's but latent states (muzero.py), rewards and ends alone are measured.
 """
 
 import csv
@@ -43,6 +44,11 @@ KEY = 424_242  # of the real episodes' seeds: no training, report or evaluation 
 
 def as_dict(obs):
     return obs if isinstance(obs, dict) else {"observation": obs}
+
+
+def shapes_of(space):
+    """{key: shape} of an observation space."""
+    return {k: s.shape for k, s in getattr(space, "spaces", {"observation": space}).items()}
 
 
 def load(run, device):
@@ -157,9 +163,7 @@ def scales(found):
 
 def flat(obs, scale):
     """One observation as vectors in units of their range; Discrete entries stay as they are."""
-    return {
-        k: np.asarray(v, np.float32).ravel() / (1 if scale[k] is None else np.ravel(scale[k])) for k, v in obs.items()
-    }
+    return {k: np.asarray(obs[k], np.float32).ravel() / (1 if s is None else np.ravel(s)) for k, s in scale.items()}
 
 
 def difference(a, b, scale):
@@ -214,22 +218,23 @@ class Tally:
         self.reward_inside, self.reward_count = {level: zero() for level in levels}, zero()
         self.hits, self.said, self.true, self.reward_error, self.steps = zero(), zero(), zero(), zero(), zero()
         self.end_hits, self.end_said, self.end_true = zero(), zero(), zero()  # ended by step h, cumulative
-        self.windows, self.dreams = 0, 0
+        self.windows, self.dreams, self.frames = 0, 0, True
 
     def add(self, episode, start, all_dreams, scale, event, tolerance, rng):
         truth = [flat(o, scale) for o in episode["obs"][start : start + self.h]]
         rewards, steps = episode["reward"][start - 1 :][: self.h], len(truth)
-        last, N = flat(episode["obs"][start - 1], scale), len(all_dreams)
+        last, N, self.frames = flat(episode["obs"][start - 1], scale), len(all_dreams), bool(scale)
         self.windows, self.dreams = self.windows + 1, self.dreams + N
         numbers = [k for k in scale if scale[k] is not None]
         reward_range = max(1e-6, float(np.ptp(episode["reward"])))
         for t in range(steps):
             flats = [flat(frames[t], scale) for frames, _, _ in all_dreams]
             self.count[t] += 1
-            self.error[t] += np.mean([difference(f, truth[t], scale).mean() for f in flats])
-            middle = {k: np.mean([f[k] for f in flats], 0) if k in numbers else flats[0][k] for k in scale}
-            self.mean_error[t] += difference(middle, truth[t], scale).mean()
-            self.copy_error[t] += difference(last, truth[t], scale).mean()
+            if scale:
+                self.error[t] += np.mean([difference(f, truth[t], scale).mean() for f in flats])
+                middle = {k: np.mean([f[k] for f in flats], 0) if k in numbers else flats[0][k] for k in scale}
+                self.mean_error[t] += difference(middle, truth[t], scale).mean()
+                self.copy_error[t] += difference(last, truth[t], scale).mean()
             for key in numbers:
                 dreams = np.stack([f[key] for f in flats])
                 moves = (np.abs(np.vstack([dreams, truth[t][key]]) - last[key]) > tolerance).any(0)
@@ -266,7 +271,7 @@ class Tally:
             n = self.count[t]
             if not n:
                 break
-            psnr = lambda total, n=n: float(-10 * np.log10(max(total / n, 1e-10)))  # noqa: E731
+            psnr = lambda total, n=n: float(-10 * np.log10(max(total / n, 1e-10))) if self.frames else None  # noqa: E731
             row = dict(step=t + 1, windows=int(n), psnr=psnr(self.error[t]), psnr_of_mean=psnr(self.mean_error[t]))
             row["psnr_copy"] = psnr(self.copy_error[t])
             for level in self.inside:
@@ -295,10 +300,15 @@ def measure(run, flags):
     dream, script, args = load(run, device)
     rng = np.random.default_rng([flags.seed, zlib.crc32(b"dreams")])
     act = make_policy(flags.policy, script, dream, args, device, flags.seed)
-    env = script.make_env(args, 0, KEY + flags.seed)()
+    try:
+        env = script.make_env(args, 0, KEY + flags.seed)()
+    except Exception as e:  # a board game, say
+        fail(f"{run}: cannot build {args.env_id} ({' '.join(str(e).split())})")
     found = windows(env, act, flags.windows, flags.context, flags.horizon, rng)
     env.close()
-    scale, event = scales(found), reward_event([r for episode, _ in found for r in episode["reward"]])
+    event = reward_event([r for episode, _ in found for r in episode["reward"]])
+    # A model without a decoder dreams latent states: only its rewards and ends can be compared.
+    scale = scales(found) if shapes_of(dream.observation_space) == shapes_of(env.observation_space) else {}
     levels = [level for level in LEVELS if (1 - level) / 2 * (flags.dreams + 1) >= 1 - 1e-9]
     tally = Tally(flags.horizon, levels)
     for i, (episode, start) in enumerate(found):
@@ -378,7 +388,8 @@ def picture(found, path):
 
     for i, m in enumerate(found):
         color = f"C{i % 10}"
-        line(frames, m, "psnr", color=color, label=m["name"])
+        line(frames, m, "psnr", color=color)
+        frames.plot([], [], color=color, label=m["name"])
         line(frames, m, "psnr_of_mean", color=color, linestyle=":")
         line(frames, m, "psnr_copy", color=color, linestyle="--", alpha=0.5)
         for level, style in styles.items():

@@ -24,7 +24,14 @@ import run
 import speed
 from common import ROOT, Parser, at_least, fail, find_runs, read_json, read_result, write_json
 
-SPEED = ["dreamerv3:size=1m", "planet_cem", "dreamerv3:size=12m", "dreamerv3:size=200m"]
+SPEED = [
+    "dreamerv3:size=1m",
+    "planet_cem",
+    "muzero:preset=atari100k",
+    "muzero",
+    "dreamerv3:size=12m",
+    "dreamerv3:size=200m",
+]
 # Largest relative difference of a loss from eager float32 on the first batch that counts as the same computation.
 LIMITS = {("compiled", "fp32"): 0.01, ("eager", "bf16"): 0.1, ("compiled", "bf16"): 0.1}
 LINE_SECONDS = 300  # a measurement that takes longer is reported as a problem

@@ -183,11 +183,14 @@ def markdown(head, lines):
     return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
 
 
-def number(value, digits=1):
-    return BLANK if value is None or not np.isfinite(value) else f"{value:,.{digits}f}"
+def number(value, digits=None):
+    """A cell; by default with one digit after the point, outcomes of games and other small numbers with two."""
+    if value is None or not np.isfinite(value):
+        return BLANK
+    return f"{value:,.{(1 if abs(value) >= 2 else 2) if digits is None else digits}f}"
 
 
-def span(pair, digits=1):
+def span(pair, digits=None):
     return BLANK if pair is None else f"{number(pair[0], digits)} to {number(pair[1], digits)}"
 
 
@@ -311,9 +314,9 @@ def readme_table(results):
             for agent, runs in agents.items():
                 scores, one = [r["episodic_return"] for r in runs], runs[0]
                 minutes = [60 * r["hours"] if r.get("hours") else r["minutes"] for r in runs]
-                cells = [task, ", ".join(f"{s:.1f}" for s in scores), span(interval([scores], STATISTICS["mean"]))]
+                cells = [task, ", ".join(number(s) for s in scores), span(interval([scores], STATISTICS["mean"]))]
                 cells += [number(mean_of(runs, "random_return")), f"{one['global_step']:,}", f"{one['updates']:,}"]
-                cells += [number(np.mean(minutes)), one["hardware"], ", ".join(sorted({r["commit"] for r in runs}))]
+                cells += [number(np.mean(minutes), 1), one["hardware"], ", ".join(sorted({r["commit"] for r in runs}))]
                 script, _, flags = agent.partition(" ")
                 words = f"python {script}.py {flags}".strip()
                 if "--env-id" in one["command"]:
@@ -379,7 +382,8 @@ def draw_curves(axis, runs, tag, color, style, name, bins=50):
 
 
 def picture(tasks, curves, published, path):
-    """NAME.png: returns against agent steps, one panel per task; for up to three tasks the dreams' error too."""
+    """NAME.png: returns against agent steps, one panel per task that has such curves; for up to three tasks the dreams'
+    error too."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -388,6 +392,8 @@ def picture(tasks, curves, published, path):
     agents = list(dict.fromkeys(a for t in tasks.values() for a in t))
     colors = {a: f"C{i % 10}" for i, a in enumerate(agents)}
     by = {key: seen for key, (_, seen) in curves.items()}
+    drawn = {task for (task, *_), seen in by.items() if "charts/episodic_return" in seen.tags}
+    tasks = {task: there for task, there in tasks.items() if task in drawn} or tasks  # not self-play
     dreams = len(tasks) <= 3 and any(f"eval/{d}" in seen.tags for seen in by.values() for d in DREAMS)
     columns = len(tasks) if dreams else min(4, len(tasks))
     lines = 2 if dreams else -(-len(tasks) // columns)

@@ -1,11 +1,13 @@
 """How fast a script's update and acting step are, on random data and without an environment.
 
     python benchmarks/speed.py dreamerv3:size=1m planet_cem --kinds vector image
+    python benchmarks/speed.py muzero:preset=atari100k --kinds image
     python benchmarks/speed.py dreamerv3:size=200m --modes eager compiled --precisions fp32 bf16 --name speed-gpu
 
 A configuration is SCRIPT[:flag=value,...]; `preset=NAME` is a flag too. Each line of the table is measured in a
 process of its own. One update is all that the learner's `update` does: losses, one backward, clipping, optimizer. An
-acting step is the agent's policy for --num-envs environments, planning included where a script plans. Columns:
+acting step is the agent's policy for --num-envs environments, planning or tree search included.
+Columns:
 
   * ms per update, per acting step: median after a warm-up. On a CPU with one thread it is CPU time, which other
     processes do not lengthen; else wall time, on a GPU between synchronisations.
@@ -78,8 +80,33 @@ def planet_cem_parts(script, args, obs_space, action_space, device):
     return model, script.ModelLearner(model, args, device), batch, script.compile_planner
 
 
-# Name: (parts, whether it takes Discrete actions)
-SCRIPTS = {"dreamerv3": (dreamerv3_parts, True), "planet_cem": (planet_cem_parts, False)}
+def muzero_parts(script, args, obs_space, action_space, device):
+    """The batch is drawn from a replay full of random rows, without Reanalyse: that is a search of its own."""
+    import torch
+
+    config, A, N, rows = script.network_config(args, obs_space), int(action_space.n), 8, 300
+    with torch.device(device):
+        model = script.MuZero(obs_space, A, config)
+    if device.type == "cuda" and config["network"] != "mlp":  # as in `train`
+        model.bf16 = args.bf16
+        model.to(memory_format=torch.channels_last)
+    specs = script.TrajectoryReplay.specs(obs_space, A, config)
+    replay, everyone = script.TrajectoryReplay(rows, N, specs, args, A, device), np.arange(N)
+    filled = random_batch(specs, (rows, N), device, {"action": A})
+    filled["policy"] = torch.softmax(filled["policy"], -1)
+    for t in range(rows):  # episodes of 100 steps
+        flags = {k: np.full(N, t % 100 == at) for k, at in (("is_first", 0), ("is_last", 99), ("is_terminal", 99))}
+        replay.add(everyone, {k: v[t] for k, v in filled.items() if k != "begun"} | flags)
+    batch, _ = replay.sample(args.batch_size)
+    return model.eval(), script.MuZeroLearner(model, args, device), batch, script.compile_networks
+
+
+# Name: (parts, the kinds of observations with which it gets Discrete actions)
+SCRIPTS = {
+    "dreamerv3": (dreamerv3_parts, {"image"}),
+    "planet_cem": (planet_cem_parts, set()),
+    "muzero": (muzero_parts, {"vector", "image"}),
+}
 
 
 def split_config(text):
@@ -157,7 +184,7 @@ def matrix_rate(device, precision, threads, seconds=2.0):
 
 
 def spaces_of(kind, size, discrete):
-    """Observation and action space: an image with 6 actions, or 24 numbers with 6 action dimensions."""
+    """Observation and action space: an image or 24 numbers; 6 actions, or 6 dimensions of actions."""
     import gymnasium as gym
 
     if kind == "image":
@@ -165,7 +192,7 @@ def spaces_of(kind, size, discrete):
     else:
         obs = gym.spaces.Dict(observation=gym.spaces.Box(-np.inf, np.inf, (24,), np.float32))
     box = gym.spaces.Box(-1, 1, (6,), np.float32)
-    return obs, gym.spaces.Discrete(6) if discrete and kind == "image" else box
+    return obs, gym.spaces.Discrete(6) if discrete else box
 
 
 def make_policy(script, model, device, args):
@@ -201,10 +228,10 @@ def one(order):
     compiled = order["mode"] == "compiled"
     args = make_args(script, given, bf16=precision == "bf16", compile=compiled, num_threads=threads)
     script.seed_everything(args, device)
-    obs_space, action_space = spaces_of(order["kind"], args.image_size, discrete)
+    obs_space, action_space = spaces_of(order["kind"], args.image_size, order["kind"] in discrete)
     model, learner, batch, compile_ = parts(script, args, obs_space, action_space, device)
     out = dict(parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
-    out["samples"] = args.batch_size * args.batch_length
+    out["samples"] = args.batch_size * getattr(args, "batch_length", 1)
     policy, num_envs = make_policy(script, model, device, args), order["num_envs"] or args.num_envs
     if compiled:
         import torch._inductor.config

@@ -451,7 +451,7 @@ def test_report(trained):
     text = Path("res/rep.md").read_text()
     low, high = report.interval([[10.0, 20.0, 60.0]], report.STATISTICS["mean"])
     assert (
-        f"| CartPole-v1 | **toy --preset cpu** | 3 | 30.0 | {low:.1f} to {high:.1f} | 30.0 | 20.0 | - | 1.0 |" in text
+        f"| CartPole-v1 | **toy --preset cpu** | 3 | 30.0 | {low:.1f} to {high:.1f} | 30.0 | 20.0 | - | 1.00 |" in text
     )
     assert "CartPole-v1__toy__4__0`: no result.json: not finished" in text
     assert Path("res/rep.png").read_bytes()[:4] == b"\x89PNG" and Path("res/rep.png").stat().st_size > 10_000
@@ -532,6 +532,16 @@ class DreamEnv(gym.Env):
 """
 
 
+LATENT_WORLD = """
+class Latent(DreamEnv):
+    observation_space = gym.spaces.Box(0, 1, (7,), np.float32)
+    def step(self, action):
+        return np.zeros(7, np.float32), *super().step(action)[1:]
+
+DreamEnv = Latent
+"""
+
+
 @pytest.fixture
 def world(home, monkeypatch):
     (home / "world_toy.py").write_text(WORLD)
@@ -577,6 +587,19 @@ def test_dreams_of_a_known_world(world):
     assert all(float(b["psnr_of_mean"]) > float(b["psnr"]) for b in blurred)
     text = Path("res/d.md").read_text()
     assert "## Calibration" in text and "coverage 95%" in text and "world_toy, World-v0" in text
+
+
+def test_dreams_of_latent_states(world):
+    """Where dreams are not of the environment's observations, rewards and ends are measured as ever, frames are not."""
+    exact = dream_about("exact", horizon=9)["exact"]
+    with open(world / "world_toy.py", "a") as f:
+        f.write(LATENT_WORLD)
+    sys.modules.pop("world_toy")
+    found = dream_about("exact", horizon=9)["exact"]
+    assert all(r["psnr"] == r["psnr_copy"] == r["coverage_50%"] == "" for r in found) and len(found) == len(exact)
+    for name in ("reward_mae", "reward_precision", "reward_recall", "end_precision", "end_recall", "ends"):
+        assert [r[name] for r in found] == [r[name] for r in exact]
+    assert "## Reward" in Path("res/d.md").read_text()
 
 
 def test_wrong_input_of_the_dreams(world, capsys):
@@ -636,6 +659,27 @@ def test_speed_of_a_small_model(home):
     assert int(row["samples"]) == 8 and float(row["seconds_per_update"]) > 0 and float(row["seconds_per_act"]) > 0
     assert float(row["flop"]) > 1e6 and 0 < float(row["share"]) < 1 and float(row["memory_gb"]) > 0.05
     assert "TFLOP/s in fp32" in Path("res/s.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["vector", "image"])
+def test_speed_of_a_search(home, kind):
+    sizes = "batch_size=3,num_simulations=2,hidden=8,latent=4,network=auto,channels=4,blocks=1,image_size=32"
+    config = f"muzero:preset=cpu,{sizes}"
+    done = call("speed", config, "--kinds", kind, "--no-cuda", "--seconds", 0, "--name", "s", "--results", "res")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = csv.DictReader(open("res/s.csv"))
+    assert int(row["samples"]) == 3 and float(row["seconds_per_update"]) > 0 and float(row["seconds_per_act"]) > 0
+
+
+def test_search_rate(home):
+    flags = "--trees 2 5 --actions 3 --simulations 4 --kinds puct gumbel --seconds 0 --no-cuda --no-mctx".split()
+    done = call("search", *flags, "--name", "s", "--results", "res")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader(open("res/s.csv")))
+    assert [(r["search"], r["trees"]) for r in rows] == [(k, n) for k in ("puct", "gumbel") for n in ("2", "5")]
+    assert all(float(r["ours"]) > 0 for r in rows) and "1 thread" in Path("res/s.md").read_text()
+    wrong = call("search", "--actions", "1")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("search.py: error: --actions") and wrong.stdout == ""
 
 
 def test_gpu_check_in_slices(home, monkeypatch):

@@ -297,7 +297,7 @@ PRESETS = {
     # weights 64 % after 600; with both changes 93 % after 600.
     "cpu": dict(
         env_id="Catch-v0", image_size=32, total_timesteps=12_800, num_envs=16, steps_per_epoch=320, extra_epochs=0,
-        tokenizer_start=5, tokenizer_stop=13, world_model_start=13, actor_critic_start=28, tokenizer_updates=150,
+        tokenizer_start=5, tokenizer_stop=13, world_model_start=13, actor_critic_start=24, tokenizer_updates=150,
         world_model_updates=50, actor_critic_updates=20, vocab_size=64, code_dim=16, tok_channels=64, tok_levels=1,
         tok_blocks=1, tok_attention="", tok_latent=32, tok_groups=1, tok_patch=8, tok_tiles=4, revive_codes=1000,
         batch_length=2, embed_dim=64, num_layers=2, num_heads=4, dropout=0.0, wm_init_gain=1.0, skip_first_frame=True,
@@ -1590,7 +1590,7 @@ def eval_args(args):
     return replace(args, episodic_life=False, noop_max=min(1, args.noop_max), max_frames=108_000)
 
 
-def agent_policy(model, device, temperature):
+def agent_policy(model, device, temperature=0.5):
     """The trained actor, with its recurrent state, as a policy for play_episodes."""
 
     def policy(obs, first, state):

@@ -28,6 +28,7 @@ SPEED = [
     "dreamerv3:size=1m",
     "planet_cem",
     "muzero:preset=atari100k",
+    "iris",
     "muzero",
     "dreamerv3:size=12m",
     "dreamerv3:size=200m",

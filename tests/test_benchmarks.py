@@ -671,6 +671,18 @@ def test_speed_of_a_search(home, kind):
     assert int(row["samples"]) == 3 and float(row["seconds_per_update"]) > 0 and float(row["seconds_per_act"]) > 0
 
 
+@pytest.mark.parametrize(
+    "script, sizes", [("iris", "tokenizer_batch_size=4,batch_size=2,ac_batch_size=2,imag_horizon=2,lstm_size=8")]
+)
+def test_speed_of_several_networks(home, script, sizes):
+    config = f"{script}:preset=cpu,{sizes}"
+    done = call("speed", config, "--no-cuda", "--seconds", 0, "--name", "s", "--results", "res")
+    assert done.returncode == 1, done.stdout + done.stderr
+    vector, image = csv.DictReader(open("res/s.csv"))
+    assert vector["problem"].endswith(f"{script}.py sees images only: --kinds image") and not image["problem"]
+    assert int(image["samples"]) == 4 and float(image["seconds_per_update"]) > 0 and float(image["seconds_per_act"]) > 0
+
+
 def test_search_rate(home):
     flags = "--trees 2 5 --actions 3 --simulations 4 --kinds puct gumbel --seconds 0 --no-cuda --no-mctx".split()
     done = call("search", *flags, "--name", "s", "--results", "res")

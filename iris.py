@@ -1711,12 +1711,18 @@ def draw(obs, size=96):  # shared
 
 
 def three_rows(real, recon, dream):
-    """Frames of the report's video: real, reconstructed, dreamed below each other, clips (n, L, S, S, C) side by
-    side."""
+    """Frames of the report's video: real (grey border), reconstructed (green: the model sees the frame) and dreamed
+    (red after the first frame) below each other, clips (n, L, S, S, C) side by side."""
     frames = []
     for t in range(real.shape[1]):
-        columns = [np.concatenate([np.pad(draw({"": v[n, t]}), ((3, 3), (3, 3), (0, 0))) for v in (real, recon, dream)])
-                   for n in range(min(4, len(real)))]  # fmt: skip
+        columns = []
+        for n in range(min(4, len(real))):
+            rows = [(real, (90, 90, 90)), (recon, (60, 200, 90)), (dream, (230, 70, 70) if t else (60, 200, 90))]
+            for i, (clips, border) in enumerate(rows):
+                image = draw({"": clips[n, t]})
+                rows[i] = np.full((len(image) + 6, image.shape[1] + 6, 3), border, np.uint8)
+                rows[i][3:-3, 3:-3] = image
+            columns.append(np.concatenate(rows))
         frames.append(np.concatenate(columns, 1))
     return frames
 

@@ -919,7 +919,10 @@ def test_open_loop_of_a_perfect_world():
     for name in ("posterior_mse", "mean_frame_mse", "open_loop_mse", "copy_last_mse", "changed_token_accuracy"):
         assert name in metrics
     assert metrics["copy_token_accuracy"] == pytest.approx(copied(clips, args), abs=0.2)
-    assert len(iris.three_rows(real, recon, dream)) == real.shape[1]
+    frames = iris.three_rows(real, recon, dream)
+    assert len(frames) == real.shape[1]
+    for t, row, color in ((0, 2, 1), (1, 2, 0), (1, 1, 1)):  # green where the model sees the frame, red where it dreams
+        assert frames[t][len(frames[t]) * row // 3, 0].argmax() == color
 
 
 def filled_clips(args, n=3, length=9):

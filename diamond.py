@@ -423,7 +423,7 @@ def lambda_returns(rew, end, trunc, val_bootstrap, gamma=0.985, lam=0.95):
     return torch.stack(returns[::-1], 1)
 
 
-def actor_critic_loss(logits, act, val, returns, ent_coef=0.001, vf_coef=1.0):
+def reinforce_loss(logits, act, val, returns, ent_coef=0.001, vf_coef=1.0):
     """REINFORCE with a value baseline (app. F): logits (B, T, A), the rest (B, T) -> loss terms, entropy in nats."""
     assert act.shape == val.shape == returns.shape == logits.shape[:-1], "act, val and returns are (B, T)"
     logp, returns = torch.log_softmax(logits.float(), -1), returns.detach()
@@ -906,7 +906,7 @@ def policy_loss(model, rollout, args):
     names = ("reward", "end", "trunc", "bootstrap")
     returns = lambda_returns(*(r[k].T for k in names), args.gamma, args.return_lambda)  # (N, H)
     terms = (logits.transpose(0, 1), r["action"].T, value.T, returns, args.ent_coef, args.vf_coef)
-    losses, entropy = actor_critic_loss(*terms)
+    losses, entropy = reinforce_loss(*terms)
     metrics = {"entropy": entropy, "value_mean": value.mean(), "imagined_return": returns.mean()}
     metrics |= {"imagined_reward": r["reward"].mean(), "imagined_end": r["end"].float().mean()}
     return losses, metrics

@@ -402,8 +402,9 @@ def n_step_targets(rewards, values, discount, n):
 
 
 def visit_softmax(visits, temperature):
-    """Action probabilities N^(1/T) / sum N^(1/T) (app. D): (..., A) -> (..., A). T = 0: the most visited."""
-    if temperature == 0:
+    """Action probabilities N^(1/T) / sum N^(1/T) (app. D): (..., A) -> (..., A). T: a number, 0 for the most visited,
+    or (..., 1), all above 0."""
+    if not torch.is_tensor(temperature) and temperature == 0:
         return F.one_hot(visits.argmax(-1), visits.shape[-1]).to(visits.dtype)
     power = (visits / visits.amax(-1, keepdim=True).clamp(min=1e-12)) ** (1 / temperature)  # cannot overflow
     return power / power.sum(-1, keepdim=True)
@@ -1177,17 +1178,11 @@ class Searcher:
         action = extra["action"]
         if self.explore and args.search == "puct":
             hot = torch.as_tensor(temperature, device=self.device, dtype=visits.dtype).expand(self.n)[:, None]
-            probs = torch.where(hot > 0, visit_softmax_rows(visits, hot.clamp(min=1e-3)), visit_softmax(visits, 0))
+            probs = torch.where(hot > 0, visit_softmax(visits, hot.clamp(min=1e-3)), visit_softmax(visits, 0))
             cdf = probs.cumsum(-1)  # inverse CDF: one random number per environment
             u = torch.rand(self.n, 1, device=self.device) * cdf[:, -1:] * (1 - 1e-6)  # never past the last legal one
             action = (cdf <= u).sum(-1).clamp(max=A - 1)
         return action, extra["policy"], value, visits
-
-
-def visit_softmax_rows(visits, temperature):
-    """visit_softmax with a temperature per row, (N, 1)."""
-    power = (visits / visits.amax(-1, keepdim=True)) ** (1 / temperature)
-    return power / power.sum(-1, keepdim=True)
 
 
 # ---- Replay ----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ SPEED = [
     "dreamerv3:size=1m",
     "planet_cem",
     "muzero:preset=atari100k",
+    "iris",
     "diamond",
     "muzero",
     "dreamerv3:size=12m",

@@ -1,13 +1,13 @@
 """How fast a script's update and acting step are, on random data and without an environment.
 
     python benchmarks/speed.py dreamerv3:size=1m planet_cem --kinds vector image
-    python benchmarks/speed.py muzero:preset=atari100k diamond --kinds image
+    python benchmarks/speed.py muzero:preset=atari100k iris diamond --kinds image
     python benchmarks/speed.py dreamerv3:size=200m --modes eager compiled --precisions fp32 bf16 --name speed-gpu
 
 A configuration is SCRIPT[:flag=value,...]; `preset=NAME` is a flag too. Each line of the table is measured in a
 process of its own. One update is all that the learner's `update` does: losses, one backward, clipping, optimizer;
-where networks learn apart from each other it is one update of each. An
-acting step is the agent's policy for --num-envs environments, planning or tree search included.
+where networks learn apart from each other it is one update of each. An acting step is the agent's policy for
+--num-envs environments, planning or tree search included.
 Columns:
 
   * ms per update, per acting step: median after a warm-up. On a CPU with one thread it is CPU time, which other
@@ -110,18 +110,47 @@ class OneOfEach:
 
     def update(self, batches):
         metrics = {}
-        for kind, batch in batches.items():
-            metrics |= self.learner.update(kind, batch)
+        for part, batch in batches.items():
+            metrics |= self.learner.update(part, batch)
         return metrics
+
+
+def only_images(script, obs_space):
+    if len(next(iter(obs_space.values())).shape) != 3:
+        raise ValueError(f"{script.__name__}.py sees images only: --kinds image")
+
+
+def iris_parts(script, args, obs_space, action_space, device):
+    """The batches are drawn from a replay of random episodes; the actor-critic's update imagines its rollout. Encoding
+    the replay, once per epoch, is not part of an update."""
+    import torch
+
+    only_images(script, obs_space)
+    shape, A, N = next(iter(obs_space.values())).shape, int(action_space.n), 2
+    torch.manual_seed(args.seed)
+    with torch.device(device):
+        model = script.Iris(script.iris_config(args, shape[2], A)).eval()
+    specs = script.EpisodeReplay.specs(shape, model.tokenizer.num_tokens)
+    rows = 2 * (args.batch_length + args.burn_in)  # per environment: two episodes
+    replay, rng = script.EpisodeReplay(rows, N, specs, device), np.random.default_rng(0)
+    for t in range(rows):
+        row = {"obs": rng.integers(0, 256, (N, *shape), np.uint8), "action": rng.integers(A, size=N)}
+        last = np.full(N, t % (rows // 2) == rows // 2 - 1)
+        replay.add(row | {"reward": rng.integers(-1, 2, N).astype(np.float32), "end": last}, last)
+    replay.encode(model.tokenizer, device)
+    table, learner = replay.table(), script.IrisLearner(model, args, device)
+    batches = {"tokenizer": replay.frames(table, args.tokenizer_batch_size)}
+    batches["world_model"] = replay.segments(table, args.batch_size, args.batch_length)
+    batches["actor_critic"] = replay.starts(table, args.ac_batch_size, args.burn_in)
+    return model, OneOfEach(learner), batches, lambda model, each: script.compile_iris(model, each.learner)
 
 
 def diamond_parts(script, args, obs_space, action_space, device):
     """The batches are drawn from a replay of random episodes; the actor-critic's update imagines its rollout."""
     import torch
 
+    only_images(script, obs_space)
     shape, N = next(iter(obs_space.values())).shape, 4
-    if len(shape) != 3:
-        raise ValueError("diamond.py sees images only: --kinds image")
     with torch.device(device):
         model = script.Diamond(shape, int(action_space.n), {k: getattr(args, k) for k in script.SHAPES})
     model.to(memory_format=torch.channels_last)
@@ -144,6 +173,7 @@ SCRIPTS = {
     "dreamerv3": (dreamerv3_parts, {"image"}),
     "planet_cem": (planet_cem_parts, set()),
     "muzero": (muzero_parts, {"vector", "image"}),
+    "iris": (iris_parts, {"vector", "image"}),
     "diamond": (diamond_parts, {"vector", "image"}),
 }
 

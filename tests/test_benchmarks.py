@@ -671,12 +671,19 @@ def test_speed_of_a_search(home, kind):
     assert int(row["samples"]) == 3 and float(row["seconds_per_update"]) > 0 and float(row["seconds_per_act"]) > 0
 
 
-def test_speed_of_several_networks(home):
-    sizes = "batch_size=2,imag_envs=2,start_pool=2,imag_horizon=2,rew_end_length=6"
-    done = call("speed", f"diamond:preset=cpu,{sizes}", "--no-cuda", "--seconds", 0, "--name", "s", "--results", "res")
+@pytest.mark.parametrize(
+    "script, sizes",
+    [
+        ("iris", "tokenizer_batch_size=4,batch_size=1,ac_batch_size=2,imag_horizon=2,lstm_size=8"),
+        ("diamond", "batch_size=2,imag_envs=2,start_pool=2,imag_horizon=2,rew_end_length=6"),
+    ],
+)
+def test_speed_of_several_networks(home, script, sizes):
+    config = f"{script}:preset=cpu,{sizes}"
+    done = call("speed", config, "--no-cuda", "--seconds", 0, "--name", "s", "--results", "res")
     assert done.returncode == 1, done.stdout + done.stderr
     vector, image = csv.DictReader(open("res/s.csv"))
-    assert vector["problem"].endswith("diamond.py sees images only: --kinds image") and not image["problem"]
+    assert vector["problem"].endswith(f"{script}.py sees images only: --kinds image") and not image["problem"]
     assert int(image["samples"]) == 2 and float(image["seconds_per_update"]) > 0 and float(image["seconds_per_act"]) > 0
 
 

@@ -666,7 +666,7 @@ def test_actor_critic_loss():
         torch.randn(2, 5, requires_grad=True),
     )
     returns = torch.randn(2, 5)
-    losses, entropy = d.actor_critic_loss(logits, act, val, returns, 0.01, 2.0)
+    losses, entropy = d.reinforce_loss(logits, act, val, returns, 0.01, 2.0)
     p = torch.softmax(logits, -1)
     policy = -sum(p[b, t, act[b, t]].log() * (returns - val.detach())[b, t] for b in range(2) for t in range(5)) / 10
     assert torch.allclose(losses["policy"], policy, atol=1e-5)
@@ -675,12 +675,10 @@ def test_actor_critic_loss():
     assert torch.allclose(losses["entropy_bonus"], -0.01 * entropy)
     (g,) = torch.autograd.grad(losses["policy"], val, retain_graph=True, allow_unused=True)
     assert g is None  # the baseline is a constant of the policy's loss
-    losses, entropy = d.actor_critic_loss(logits, act, val, val.detach(), 0.0)
+    losses, entropy = d.reinforce_loss(logits, act, val, val.detach(), 0.0)
     sum(losses.values()).backward()
     assert logits.grad.abs().max() < 1e-7  # no advantage, no gradient
-    _, entropy = d.actor_critic_loss(
-        torch.zeros(1, 2, 6), torch.zeros(1, 2).long(), torch.zeros(1, 2), torch.zeros(1, 2)
-    )
+    _, entropy = d.reinforce_loss(torch.zeros(1, 2, 6), torch.zeros(1, 2).long(), torch.zeros(1, 2), torch.zeros(1, 2))
     assert float(entropy) == pytest.approx(math.log(6))
 
 
@@ -928,7 +926,7 @@ def test_policy_loss_is_the_rollouts_gradient():
     returns = slow_returns(
         rollout["reward"].T, rollout["end"].T, rollout["trunc"].T, boot, args.gamma, args.return_lambda
     )
-    expected, entropy = d.actor_critic_loss(logits, rollout["action"].T, values, returns, args.ent_coef, args.vf_coef)
+    expected, entropy = d.reinforce_loss(logits, rollout["action"].T, values, returns, args.ent_coef, args.vf_coef)
     for k in expected:
         assert torch.allclose(losses[k], expected[k], atol=1e-5), k
     mine = torch.autograd.grad(sum(losses.values()), model.actor_critic.parameters())

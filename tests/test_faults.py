@@ -170,11 +170,12 @@ SCRIPTS = {
         "exp-name extra-epochs full-action-space gamma image-size imag-horizon init-from learning-rate log-every "
         "lpips-weights lstm-size mask-after-end max-episode-steps max-frames max-grad-norm noop-max num-envs "
         "num-heads num-layers num-threads pixels play preset recon-scale replay-cuda report-every resume "
-        "return-lambda revive-codes save-every save-replay seed steps-per-epoch sticky-actions target-critic "
+        "return-lambda revive-codes save-every save-replay seed skip-first-frame steps-per-epoch sticky-actions "
+        "target-critic "
         "target-return tau temperature tok-attention tok-blocks tok-channels tok-groups tok-latent tok-levels "
         "tok-patch tok-tiles tokenizer-batch-size tokenizer-lr tokenizer-start tokenizer-stop tokenizer-updates "
         "torch-deterministic total-timesteps track vocab-size wandb-entity wandb-project-name weight-decay "
-        "world-model-lr world-model-start world-model-updates",
+        "wm-init-gain world-model-lr world-model-start world-model-updates",
     ),
 }
 

@@ -451,6 +451,16 @@ def test_lpips(names, tmp_path):
     assert torch.allclose(model(x, y), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("content", [b"not a checkpoint", {"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}])
+def test_lpips_of_a_wrong_file(content, tmp_path, capsys):
+    path = tmp_path / "w.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(SystemExit) as e:
+        iris.LPIPS(str(path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and f"--lpips-weights {path}: no VGG16 with LPIPS heads" in line
+
+
 @pytest.mark.parametrize("skip", (False, True))
 def test_gpt_loss_by_hand(skip):
     """Every prediction stands where its label is, and padding counts for nothing."""

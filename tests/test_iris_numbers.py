@@ -836,7 +836,7 @@ class FakeGame(gym.Env):
         self.deaths, self.ale, self.resets = deaths, FakeALE(self), 0
 
     def picture(self):
-        return np.full((4, 4, 3), self.t if self.t % 2 else 0, np.uint8)  # every other frame is dark
+        return np.full((4, 4, 3), 0 if self.t % 2 else self.t, np.uint8)  # every other frame is dark
 
     def reset(self, *, seed=None, options=None):
         self.t, self.left, self.resets, self.actions = 0, len(self.deaths), self.resets + 1, []
@@ -856,13 +856,13 @@ def test_atari_wrapper_skips_pools_and_ends_at_a_lost_life():
     assert game.actions == [0]  # exactly one no-op
     obs, reward, terminated, *_ = env.step(2)
     assert game.actions == [0, 2, 2, 2, 2] and reward == 4.0 and not terminated
-    assert (obs == 5).all()  # frames 4 (dark) and 5
+    assert (obs == 4).all()  # of frames 4 and 5, the last of which is dark
     obs, reward, terminated, *_ = env.step(1)
-    assert (obs == 9).all() and not terminated
+    assert (obs == 8).all() and not terminated
     assert not env.step(1)[2]
     assert env.step(1)[2] and game.left == 1  # frame 14 is among 14..17
     obs, _ = env.reset(seed=1)
-    assert game.resets == 1 and game.actions[-4:] == [0] * 4 and (obs == 21).all()  # one no-op of 4 frames
+    assert game.resets == 1 and game.actions[-4:] == [0] * 4 and (obs == 20).all()  # one no-op of 4 frames
     for _ in range(3):
         _, reward, terminated, *_ = env.step(1)
     assert terminated and game.left == 0 and reward == 1.0  # the game is over at frame 30

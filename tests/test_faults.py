@@ -162,7 +162,7 @@ SCRIPTS = {
         extra=[],
         pictures=[],
         other="ALE/Breakout-v5",
-        chatty="--total-timesteps 4000 --log-every 1 --steps-per-epoch 2 --save-every 10000 --buffer-size 100 "
+        chatty="--total-timesteps 4800 --log-every 1 --steps-per-epoch 2 --save-every 10000 --buffer-size 100 "
         "--max-episode-steps 1 --tokenizer-updates 0 --world-model-updates 0 --actor-critic-updates 0",
         flags="ac-batch-size ac-channels action-repeat actor-critic-lr actor-critic-start actor-critic-updates "
         "batch-length batch-size beta bf16 buffer-size burn-in capture-video code-dim compile cuda dropout "

@@ -681,6 +681,19 @@ def test_slow_copy_follows():
     assert not any(p.requires_grad for p in model.target.parameters())
 
 
+def test_slow_copy_stays_when_no_step_is_taken(monkeypatch):
+    args, model = small(target_critic=True, tau=0.25)
+    learner, batch = IrisLearner(model, args, CPU), batch_of("actor_critic", args)
+    learner.update("actor_critic", batch)  # now the two differ
+    before = model.target.critic_linear.weight.clone()
+    assert not torch.equal(before, model.actor_critic.critic_linear.weight)
+    monkeypatch.setattr(iris, "lambda_values", lambda rewards, *a: torch.full_like(rewards, math.nan))
+    learner.update("actor_critic", batch)
+    assert torch.equal(before, model.target.critic_linear.weight)
+    with pytest.raises(FloatingPointError, match="here: .*value"):
+        learner.check("here")
+
+
 def test_unused_codes_are_revived():
     """Latents in 8 places: after a few updates of the codebook every place has its own code word, as good as exact."""
     args, model = small(revive_codes=50)

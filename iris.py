@@ -357,10 +357,11 @@ lambda_return = lambda_values  # the name of the paper's quantity; dreamerv3.py 
 
 def vector_quantize(z, codebook):
     """Nearest code words: z (N, D), codebook (V, D) -> tokens (N,), z_q (N, D) with gradients for the codebook only."""
-    # NOTE: in float32, on a GPU without TF32 (so without a matrix product): rounded distances pick other tokens.
-    mode = "donot_use_mm_for_euclid_dist" if z.is_cuda else "use_mm_for_euclid_dist"
+    # NOTE: rounded distances (bfloat16, TF32, even float32's square roots) pick other tokens; float64 costs little.
     with torch.autocast(z.device.type, enabled=False):
-        tokens = torch.cdist(z.detach().float(), codebook.detach().float(), compute_mode=mode).argmin(-1)
+        x, codes = z.detach().double(), codebook.detach().double()
+        # |x - c|^2 without |x|^2, which is the same for all code words
+        tokens = torch.addmm(codes.square().sum(-1), x, codes.t(), alpha=-2).argmin(-1)
     return tokens, F.embedding(tokens, codebook)
 
 
@@ -1362,8 +1363,8 @@ class AtariLives(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         """After a lost life the game goes on, with one no-op; options={"full": True} begins a new game even then."""
         if not self.over and self.episodic_life and not (options or {}).get("full"):
-            picture, _, terminated, truncated, info = self.step(0)
-            if not (terminated or truncated):
+            picture, _, _, _, info = self.step(0)
+            if not self.over:  # whether or not that lost another life
                 return picture, info
         frame, info = self.env.reset(seed=seed)
         noops = np.random.default_rng(seed).integers(1, self.noop_max + 1) if self.noop_max else 0

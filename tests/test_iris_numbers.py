@@ -100,6 +100,11 @@ def test_vector_quantize():
     slow = [min(range(7), key=lambda j: float(((z[i] - codes[j]) ** 2).sum().detach())) for i in range(40)]
     assert tokens.tolist() == slow and torch.equal(z_q, codes[tokens])
     assert torch.equal(vector_quantize(z + 3.0, codes + 3.0)[0], tokens)
+    # Seen from afar, as at the start of training, distances differ in their last digits only, and still count.
+    near, far = (torch.rand(512, 64) * 2 - 1) / 512, 10 * torch.randn(2000, 64)
+    exact = torch.cat([(x.double()[:, None] - near.double()).square().sum(-1).argmin(-1) for x in far.split(200)])
+    assert torch.equal(vector_quantize(far, near)[0], exact)
+    assert not torch.equal(torch.cdist(far, near).argmin(-1), exact)
     straight = z + (z_q - z).detach()
     gz, gc = torch.autograd.grad(straight.sum(), (z, codes), allow_unused=True)
     assert (gz == 1).all() and gc is None

@@ -1898,7 +1898,8 @@ def play(args):
         save_gif(side_by_side(args, env), path)
     headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     if headless or os.environ.get("SDL_VIDEODRIVER") == "dummy":
-        return say(f"no display to play on: wrote the dream (left) beside the game (right) to {path}")
+        what = "the policy's dream" if args.dataset else "the dream (left) beside the game (right)"
+        return say(f"no display to play on: wrote {what} to {path}")
     from gymnasium.utils.play import play as play_env
 
     keys, n = "1234567890abcdefghijklnopqrstuvwxyz", int(env.action_space.n)

@@ -1967,7 +1967,7 @@ def load_dataset(path):
         with np.load(path, allow_pickle=False) as f:
             data = {k: f[k] for k in f.files}
     except Exception as e:  # not there, not an archive, objects inside
-        fail(f"{flag}: {' '.join(str(e).split()) or type(e).__name__}")
+        fail(f"{flag} is no readable .npz file of plain arrays ({type(e).__name__})")
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in data.items()) or "nothing"
     frames, actions = data.get("frames"), data.get("actions")
     if frames is None or actions is None:

@@ -233,9 +233,9 @@ class Args:
     """replay capacity in frames; never more is allocated than --total-timesteps can fill"""
     replay_cuda: bool = True
     """keep the replay on the GPU if it fits there, otherwise in host memory"""
-    learning_starts: int = 5_000
-    """agent steps before the first update (code)"""
-    learning_starts_max: int = 10_000
+    learning_starts: int = 5_100
+    """agent steps before the first update (code: 5,000, and then the 100 of the first epoch)"""
+    learning_starts_max: int = 10_100
     """more are collected, up to this many, until 10 of the two rarer reward signs were seen (code)"""
     collect_steps: int = 100
     """agent steps per epoch (table 3)"""
@@ -1314,7 +1314,8 @@ class AtariByLife(gym.Wrapper):
                 break
         self.over, lives = terminated or truncated, self.unwrapped.ale.lives()
         terminated = terminated or (self.episodic_life and lives < self.lives)
-        self.lives, self.last = lives, self.picture(np.max(frames, axis=0))
+        # NOTE: a life that was won and lost again ends no episode: the authors' counter only falls.
+        self.lives, self.last = min(lives, self.lives), self.picture(np.max(frames, axis=0))
         return self.last, total, terminated, truncated, info
 
     def picture(self, frame):

@@ -1166,6 +1166,13 @@ def test_lost_lives(episodic):
     assert base.t == 0 and base.resets == 3
 
 
+def test_a_life_won_and_lost_again_ends_no_episode(monkeypatch):
+    monkeypatch.setattr(Lives, "lives", lambda self: [3, 3, 4, 4, 3, 3, 2][min(self.t // 4, 6)])
+    env = d.AtariByLife(Lives(), 4, 4, 0, True)
+    env.reset()
+    assert [env.step(0)[2] for _ in range(6)] == [False] * 5 + [True]
+
+
 def test_noops():
     base, seen = Lives(), set()
     env = d.AtariByLife(base, 4, 4, 5, False)
@@ -1447,6 +1454,13 @@ def trained(tmp_path_factory):
         return os.path.join(folder, result["run"]), result
     finally:
         os.chdir(home)
+
+
+def test_epochs_of_the_published_run():
+    """1000 training epochs, 950 of them with 100 new agent steps (table 3)."""
+    args = d.Args()
+    collecting = 1 + (args.total_timesteps - args.learning_starts) // args.collect_steps
+    assert (collecting, collecting + args.final_epochs) == (950, 1000)
 
 
 def test_epochs(trained):

@@ -302,7 +302,7 @@ PRESETS = {
         tok_blocks=1, tok_attention="", tok_latent=32, tok_groups=1, tok_patch=8, tok_tiles=4, revive_codes=1000,
         batch_length=2, embed_dim=64, num_layers=2, num_heads=4, dropout=0.0, wm_init_gain=1.0, skip_first_frame=True,
         imag_horizon=8, burn_in=2, gamma=0.95, ent_coef=0.01, ac_channels="8 16", lstm_size=128, mask_after_end=True,
-        tokenizer_batch_size=32, batch_size=64, ac_batch_size=64, tokenizer_lr=3e-3, world_model_lr=1e-3,
+        tokenizer_batch_size=32, batch_size=64, ac_batch_size=64, tokenizer_lr=1e-3, world_model_lr=1e-3,
         actor_critic_lr=3e-3, compile=False, num_threads=1, log_every=640, report_every=6_400, save_every=6_400,
     ),
     # The default, under the name that the other scripts give to this benchmark.

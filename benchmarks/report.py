@@ -382,7 +382,7 @@ def draw_curves(axis, runs, tag, color, style, name, bins=50):
 
 
 def picture(tasks, curves, published, path):
-    """NAME.png: returns against agent steps, one panel per task that has such curves; for up to three tasks the dreams'
+    """NAME.png: returns against agent steps, one panel per task that has such curves; for up to four tasks the dreams'
     error too."""
     import matplotlib
 
@@ -394,7 +394,7 @@ def picture(tasks, curves, published, path):
     by = {key: seen for key, (_, seen) in curves.items()}
     drawn = {task for (task, *_), seen in by.items() if "charts/episodic_return" in seen.tags}
     tasks = {task: there for task, there in tasks.items() if task in drawn} or tasks  # not self-play
-    dreams = len(tasks) <= 3 and any(f"eval/{d}" in seen.tags for seen in by.values() for d in DREAMS)
+    dreams = len(tasks) <= 4 and any(f"eval/{d}" in seen.tags for seen in by.values() for d in DREAMS)
     columns = len(tasks) if dreams else min(4, len(tasks))
     lines = 2 if dreams else -(-len(tasks) // columns)
     lines, columns = (1, 2) if dreams and len(tasks) == 1 else (lines, columns)

@@ -222,6 +222,8 @@ class Args:
     """tau of the dream (table 2)"""
     temperatures: str = "0.1,0.5,1.0,1.15,1.3"
     """those of --tau-table"""
+    sample_latent: bool = True
+    """in the real environment C and M see a sample of z (authors' code); --no-sample-latent: its mean"""
     controller_input: Literal["z", "zh", "zch"] = "zh"
     """what C sees of z, M's cell state c and M's output h (Doom: zch)"""
     controller_hidden: int = 0
@@ -262,15 +264,15 @@ PRESETS = {
         action_repeat=4, max_episode_steps=75, num_envs=48, num_workers=1, num_threads=1, compile=False,
         collect_episodes=120, collect_policy="momentum", latent_size=16, vae_depth=8, vae_epochs=4, vae_batch_size=64,
         vae_learning_rate=1e-3, rnn_size=64, rnn_epochs=80, rnn_batch_size=32, rnn_batch_length=75,
-        rnn_learning_rate=3e-3, generations=10, popsize=16, rollouts=3, eval_every=5, eval_rollouts=12,
-        eval_episodes=24, save_every=200,
+        rnn_learning_rate=3e-3, generations=12, popsize=16, rollouts=3, eval_every=4, eval_rollouts=12,
+        eval_episodes=24, save_every=200, sample_latent=False,
     ),
 }
 # A laptop, learning inside the dream: CartPole from pixels. Its velocities are in no frame, so M has to find them.
 PRESETS["cpu_dream"] = PRESETS["cpu"] | dict(
     env_id="SmallCartPole-v0", action_repeat=1, max_episode_steps=200, num_envs=64, collect_episodes=400,
-    collect_policy="hold", rnn_epochs=60, rnn_batch_length=50, dream=True, controller_input="zch", iterations=2,
-    generations=40, popsize=32, rollouts=16, eval_every=10, eval_rollouts=64, eval_episodes=50, temperature=1.0,
+    collect_policy="hold", rnn_epochs=60, rnn_batch_length=50, dream=True, controller_input="zch", sample_latent=True,
+    iterations=2, generations=40, popsize=32, rollouts=16, eval_every=10, eval_rollouts=64, eval_episodes=50, temperature=1.0,
 )
 # Allowed values, both ends included; checked before anything is created. Fields that are None are skipped.
 RANGES = {
@@ -1713,7 +1715,8 @@ def act_step(model, s):
     """One step of V, C and M, in this order: frames (n, 64, 64, 3), eps (n, Z), first (n,), theta (n, .), c, h (n, H),
     instead (n, A), actions that replace C's where they are not NaN."""
     mu, logvar = model.encode(s["frames"])
-    z = sample_z(mu, logvar, s["eps"])  # NOTE: a sample, as in M's training and in the dream, not the mean
+    # NOTE: a sample, as in M's training and in the dream; the mean has less noise than C will have met in a dream.
+    z = sample_z(mu, logvar, s["eps"]) if model.config["sample_latent"] else mu
     pre = model.controller(model.features(z, s["c"], s["h"]).unsqueeze(1), s["theta"]).squeeze(1)
     action = torch.where(s["instead"].isnan(), model.to_action(pre), s["instead"])
     # M's output layer is not needed to act.
@@ -2373,7 +2376,7 @@ CHANGEABLE = set(
 )
 # Flags that shape V and M, and C.
 SHAPES = "latent_size vae_depth rnn_size num_mixtures predict_done predict_reward".split()
-C_SHAPES = "controller_input controller_hidden controller_bias".split()
+C_SHAPES = "controller_input controller_hidden controller_bias sample_latent".split()
 STAGES = ("collect", "vae", "rnn", "controller")
 
 
@@ -2481,13 +2484,13 @@ class Experiment:
         self.args, self.run, self.model, self.spaces, self.limit = args, run, model, spaces, limit
         self.device, self.logger, self.stop = device, logger, stop
         self.iteration, self.stage, self.epoch, self.batch = 0, "collect", 0, 0
-        self.updates, self.steps, self.dream_steps = {"vae": 0, "rnn": 0}, 0, 0
+        self.updates, self.ticks, self.steps, self.dream_steps = {"vae": 0, "rnn": 0}, 0, 0, 0
         self.told, self.best, self.optimizer, self.carry, self.starts = [], None, None, None, None
         self.random_return = self.train_return = self.dream_return = None
         self.path = functools.partial(os.path.join, run)
 
     REMEMBERED = (
-        "iteration stage epoch batch updates steps dream_steps told best optimizer carry starts random_return "
+        "iteration stage epoch batch updates ticks steps dream_steps told best optimizer carry starts random_return "
         "train_return dream_return limit".split()
     )
 
@@ -2603,7 +2606,7 @@ class Experiment:
         rewards = np.concatenate([load_episode(p, "reward")["reward"] for p in files])
         self.model.reward_scale.fill_(max(float(rewards.std()), 1e-3) if args.predict_reward else 1.0)
         tags = {"charts/episodes_collected": len(files), "charts/collected_length": float(np.mean(lengths[-kept:]))}
-        self.logger.scalars(tags, self.iteration)
+        self.logger.scalars(tags, self.ticks)
         gb = sum(os.path.getsize(p) for p in files) / 1e9
         say(f"collected {kept} episodes, {np.mean(lengths[-kept:]):.1f} frames each; {len(files)} in all, {gb:.3f} GB")
 
@@ -2613,13 +2616,13 @@ class Experiment:
         """Count, look for bad numbers, log, save, stop. Metrics are read at log steps only: reading waits for the
         device."""
         self.updates[network], self.batch = self.updates[network] + 1, self.batch + 1
-        n = self.updates[network]
+        n, self.ticks = self.updates[network], self.ticks + 1
         if self.device.type == "cpu" or n % self.args.log_every == 0:
             learner.check(self.where())
         if n % self.args.log_every == 0:
             found = {k: float(v) for k, v in metrics.items() if k not in ("c", "h")}
             found[f"{network}_grad_norm"] = found.pop("grad_norm")
-            self.logger.scalars({f"losses/{k}": v for k, v in found.items()}, n)
+            self.logger.scalars({f"losses/{k}": v for k, v in found.items()}, self.ticks)
             say(f"{network}_update={n}, " + ", ".join(f"{k}={v:.4g}" for k, v in found.items()))
         if self.stop.signum:
             self.stopped(learner)
@@ -2728,7 +2731,7 @@ class Experiment:
                 if self.stop.signum:
                     self.stopped()
                 evolution.tell(fitness)
-                tags = {"generation_mean": fitness.mean(), "generation_best": fitness.max()}
+                tags = {"generation": g + 1, "generation_mean": fitness.mean(), "generation_best": fitness.max()}
                 tags |= {"sigma": evolution.es.sigma, "seconds_per_generation": (time.time() - began) / (g + 1 - first)}
                 line = f"generation={g + 1}, mean={fitness.mean():.1f}, best={fitness.max():.1f}"
                 if (g + 1) % args.eval_every == 0 or g + 1 == args.generations:
@@ -2739,8 +2742,8 @@ class Experiment:
                         self.best = [mean[0].tolist(), float(score)]
                     tags["mean_controller"] = score
                     line += f", mean of the distribution={score:.1f} over {n} episodes"
-                self.told, self.train_return = evolution.told, float(fitness.mean())
-                self.logger.scalars({f"charts/{k}": float(v) for k, v in tags.items()}, g + 1)
+                self.told, self.train_return, self.ticks = [*evolution.told], float(fitness.mean()), self.ticks + 1
+                self.logger.scalars({f"charts/{k}": float(v) for k, v in tags.items()}, self.ticks)
                 say(line + (" dreamed" if args.dream else ""))
                 if (g + 1) % args.save_generations == 0 and g + 1 < args.generations:
                     self.save()
@@ -2940,7 +2943,7 @@ def train(args):
     seed_everything(args, device)
     write_run_info(run, args, __file__, device)
     stop, config = StopSignal(), config_of(args, action_space)
-    logger = Logger(run, args, purge_step=None)
+    logger = Logger(run, args, purge_step=state["ticks"] + 1 if state else None)
     with torch.device(device):
         model = WorldModel(config)
     spaces = dict(observation=obs_space, action=action_space)
@@ -2988,8 +2991,8 @@ def train(args):
     with torch.no_grad():
         errors, pictures = e.measure()
     video = os.path.join(run, "videos", f"open_loop-{len(e.told)}.gif")
-    logger.video("eval/open_loop", three_rows(*pictures), len(e.told), video)
-    logger.scalars({f"eval/{k}": v for k, v in errors.items()}, len(e.told))
+    logger.video("eval/open_loop", three_rows(*pictures), e.ticks + 1, video)
+    logger.scalars({f"eval/{k}": v for k, v in errors.items()}, e.ticks + 1)
     say("on fresh episodes: " + ", ".join(f"{k}={v:.4g}" for k, v in errors.items()))
     returns = e.final()
     if args.capture_video:
@@ -2999,7 +3002,7 @@ def train(args):
             e.play(pool, e.seeds(4, 0, 1), policy, store=lambda number, data: keep.append(data["frames"]))
         save_gif(list(keep[0].repeat(4, 1).repeat(4, 2)), os.path.join(run, "videos", "episode.gif"), 25)
     score, std = float(np.mean(returns)), float(np.std(returns))
-    logger.scalars({"eval/episodic_return": score, "eval/episodic_return_std": std}, len(e.told))
+    logger.scalars({"eval/episodic_return": score, "eval/episodic_return_std": std}, e.ticks + 1)
     logger.close()
     result = dict(episodic_return=score, episodic_return_std=std, returns=returns, random_return=e.random_return)
     result |= dict(global_step=e.steps, dream_steps=e.dream_steps, updates=sum(e.updates.values()), run=run)

@@ -208,8 +208,8 @@ class Args:
     """each element of M's gradient is clipped to this (authors' code)"""
     train_rnn: bool = True
     """--no-train-rnn leaves M's weights random: on CarRacing a reservoir of recent z does nearly as well"""
-    predict_done: Optional[bool] = None
-    """M foresees the end of an episode (default: with --dream)"""
+    predict_done: bool = False
+    """M foresees the end of an episode, and is told where one begins"""
     predict_reward: bool = False
     """M foresees the reward; without it every step of a dream counts 1, as in Take Cover"""
     done_weight: float = 10.0
@@ -257,22 +257,23 @@ PRESETS = {
     "takecover": dict(
         env_id="VizdoomTakeCover-v1", max_episode_steps=2_100, collect_policy="hold", min_episode_steps=101,
         latent_size=64, rnn_size=512, rnn_epochs=400, rnn_batch_length=500, rnn_lr_decay=0.99999, dream=True,
-        controller_input="zch", controller_bias=False,
+        predict_done=True, controller_input="zch", controller_bias=False,
     ),
     # A laptop: CarRacing with four frames per step and 300 frames per episode, all networks small.
     "cpu": dict(
         action_repeat=4, max_episode_steps=75, num_envs=48, num_workers=1, num_threads=1, compile=False,
         collect_episodes=120, collect_policy="momentum", latent_size=16, vae_depth=8, vae_epochs=4, vae_batch_size=64,
         vae_learning_rate=1e-3, rnn_size=64, rnn_epochs=80, rnn_batch_size=32, rnn_batch_length=75,
-        rnn_learning_rate=3e-3, generations=12, popsize=16, rollouts=3, eval_every=4, eval_rollouts=12,
+        rnn_learning_rate=3e-3, generations=16, popsize=16, rollouts=3, eval_every=4, eval_rollouts=12,
         eval_episodes=24, save_every=200, sample_latent=False,
     ),
 }
 # A laptop, learning inside the dream: CartPole from pixels. Its velocities are in no frame, so M has to find them.
 PRESETS["cpu_dream"] = PRESETS["cpu"] | dict(
     env_id="SmallCartPole-v0", action_repeat=1, max_episode_steps=200, num_envs=64, collect_episodes=400,
-    collect_policy="hold", rnn_epochs=60, rnn_batch_length=50, dream=True, controller_input="zch", sample_latent=True,
-    iterations=2, generations=40, popsize=32, rollouts=16, eval_every=10, eval_rollouts=64, eval_episodes=50, temperature=1.0,
+    collect_policy="hold", rnn_epochs=60, rnn_batch_length=50, dream=True, predict_done=True, controller_input="zch",
+    sample_latent=True, iterations=2, generations=40, popsize=32, rollouts=16, eval_every=10, eval_rollouts=64,
+    eval_episodes=50, temperature=1.0,
 )
 # Allowed values, both ends included; checked before anything is created. Fields that are None are skipped.
 RANGES = {
@@ -971,15 +972,18 @@ class SmallScene:
         from gymnasium.envs.box2d import car_dynamics
         from gymnasium.envs.box2d import car_racing as cr
 
-        if getattr(self, "scene", (None,))[0] is not self.road_poly:  # a new track: collect its polygons
+        if getattr(self, "scene", (None,))[0] is not self.car:  # a new episode: collect what does not change
             squares = [(i, j) for i in range(-20, 20, 2) for j in range(-20, 20, 2)]
             corner = cr.GRASS_DIM * np.array([(1, 0), (0, 0), (0, 1), (1, 1)])
             grass = cr.GRASS_DIM * np.array(squares)[:, None] + corner  # (400, 4, 2)
             field = cr.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]])
-            road = np.array([p for p, _ in self.road_poly])
+            polygons = np.concatenate([field, grass, np.array([p for p, _ in self.road_poly])])
+            middle = polygons.mean(1)
+            radius = np.linalg.norm(polygons - middle[:, None], axis=2).max(1)
             colors = [tuple(int(v) for v in c) for c in [self.bg_color] + [self.grass_color] * len(grass)]
-            self.scene = self.road_poly, np.concatenate([field, grass, road]), colors
-        _, polygons, colors = self.scene
+            parts = [(b, np.array(f.shape.vertices)) for b in self.car.drawlist for f in b.fixtures]
+            self.scene = self.car, polygons, middle, radius, colors, parts
+        _, polygons, middle, radius, colors, parts = self.scene
         hull = self.car.hull
         # The camera of the class: zoomed in during the first second, turned and moved with the car, upside down.
         angle, t = -hull.angle, self.t
@@ -990,16 +994,18 @@ class SmallScene:
         move = np.array([cr.WINDOW_W / 2, cr.WINDOW_H / 4]) * shrink + [0, self.SIZE] - 0.5  # pixel centres
         move = move - np.array(hull.position) @ turn
 
-        image, points = Image.new("RGB", (self.SIZE, self.SIZE)), polygons @ turn + move  # (polygons, 4, 2)
+        place, reach = middle @ turn + move, (radius * zoom * self.SIZE / cr.WINDOW_H)[:, None]  # at least its circle
+        near = np.flatnonzero(np.logical_and(*((place > -reach) & (place < self.SIZE + reach)).T))
+        image, points = Image.new("RGB", (self.SIZE, self.SIZE)), (polygons[near] @ turn + move).reshape(-1, 8).tolist()
         pen, fixed = ImageDraw.Draw(image), len(colors)
-        for i in np.flatnonzero(((points.min(1) < self.SIZE) & (points.max(1) > 0)).all(1)):  # those in sight
+        for i, corners in zip(near, points):
             # NOTE: a tile of the road changes its colour when the car reaches it.
             color = colors[i] if i < fixed else tuple(int(c) for c in self.road_poly[i - fixed][1])
-            pen.polygon(points[i].ravel().tolist(), color)
-        for body in self.car.drawlist:
+            pen.polygon(corners, color)
+        for body, vertices in parts:
             c, s = math.cos(body.angle), math.sin(body.angle)
-            local = np.array([[c, s], [-s, c]])
-            shapes = [(np.array(f.shape.vertices), tuple(int(v * 255) for v in body.color)) for f in body.fixtures]
+            local, position = np.array([[c, s], [-s, c]]), np.array(body.position)
+            shapes = [(vertices, tuple(int(v * 255) for v in body.color))]
             if "phase" in body.__dict__:  # the white stripe of a turning wheel
                 (s1, s2), (c1, c2) = ([f(body.phase), f(body.phase + 1.2)] for f in (math.sin, math.cos))
                 if not (s1 > 0 and s2 > 0):
@@ -1007,9 +1013,8 @@ class SmallScene:
                     w, r = car_dynamics.WHEEL_W * car_dynamics.SIZE, car_dynamics.WHEEL_R * car_dynamics.SIZE
                     stripe = np.array([(-w, r * c1), (w, r * c1), (w, r * c2), (-w, r * c2)])
                     shapes.append((stripe, car_dynamics.WHEEL_WHITE))
-            for vertices, color in shapes:
-                points = (vertices @ local + np.array(body.position)) @ turn + move
-                pen.polygon(points.ravel().tolist(), color)
+            for shape, color in shapes:
+                pen.polygon((((shape @ local + position) @ turn) + move).ravel().tolist(), color)
         return np.asarray(image.reduce(2))
 
 
@@ -2383,7 +2388,6 @@ STAGES = ("collect", "vae", "rnn", "controller")
 def check_args(args):
     """Everything that can be said before an environment is built."""
     check_ranges(args, RANGES)
-    done = args.dream if args.predict_done is None else args.predict_done
     try:
         taus = [float(t) for t in args.temperatures.split(",")]
         assert taus and all(1e-3 <= t <= 10 for t in taus) and len(set(taus)) == len(taus)
@@ -2392,8 +2396,8 @@ def check_args(args):
             f"--temperatures must be different numbers from 0.001 to 10 with commas between, got {args.temperatures!r}"
         )
     for wrong, message in [
-        (args.dream and not (done or args.predict_reward), "--dream needs an end or a reward to learn from: "
-         "--predict-done or --predict-reward"),
+        (args.dream and not (args.predict_done or args.predict_reward), "--dream needs an end or a reward to learn "
+         "from: --predict-done or --predict-reward"),
         (args.from_run and args.iterations > 1, f"--from-run takes V and M as they are: --iterations must be 1, got "
          f"{args.iterations}"),
         (args.min_episode_steps > (args.max_episode_steps or math.inf), f"--min-episode-steps {args.min_episode_steps} "
@@ -2452,7 +2456,6 @@ def config_of(args, action_space):
     """What shapes the networks."""
     discrete = isinstance(action_space, gym.spaces.Discrete)
     config = {k: getattr(args, k) for k in (*SHAPES, *C_SHAPES)}
-    config["predict_done"] = args.dream if args.predict_done is None else args.predict_done
     kind = "discrete" if discrete else "car" if env_family(args) == "CarRacing-v3" else "box"
     return config | dict(kind=kind, actions=int(action_space.n if discrete else action_space.shape[0]), bf16=args.bf16)
 
@@ -2721,7 +2724,6 @@ class Experiment:
                 theta = evolution.ask()
                 if args.dream:
                     scores = self.dream(theta, args.rollouts, 2, g)
-                    self.dream_steps += int(scores.sum()) if not model.rnn.reward else 0
                 else:
                     scores = self.real(pool, theta, args.rollouts, 2, g)
                 fitness = scores.mean(1)
@@ -2730,6 +2732,7 @@ class Experiment:
                     raise FloatingPointError(f"not finite at {self.where()}: scores of {bad.sum()} candidates")
                 if self.stop.signum:
                     self.stopped()
+                self.dream_steps += int(scores.sum()) if args.dream and not model.rnn.reward else 0
                 evolution.tell(fitness)
                 tags = {"generation": g + 1, "generation_mean": fitness.mean(), "generation_best": fitness.max()}
                 tags |= {"sigma": evolution.es.sigma, "seconds_per_generation": (time.time() - began) / (g + 1 - first)}

@@ -30,6 +30,8 @@ SPEED = [
     "muzero:preset=atari100k",
     "iris",
     "diamond",
+    "ha2018_carracing:rnn_batch_length=100",
+    "ha2018_carracing:preset=takecover,rnn_batch_length=100",
     "muzero",
     "dreamerv3:size=12m",
     "dreamerv3:size=200m",

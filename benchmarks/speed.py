@@ -168,6 +168,55 @@ def diamond_parts(script, args, obs_space, action_space, device):
     return model, OneOfEach(learner), batches, lambda model, each: script.compile_diamond(model, each.learner)
 
 
+class BothNetworks:
+    """V and M: one update is one of each. The dream has a benchmark of its own, world_models.py."""
+
+    def __init__(self, **learners):
+        self.learners = learners
+
+    def update(self, batches):
+        metrics = {}
+        for name, learner in self.learners.items():
+            found = learner.update(batches[name])
+            metrics |= {k: v for k, v in found.items() if k not in ("c", "h", "grad_norm")}
+        return metrics
+
+    def check(self):
+        for learner in self.learners.values():
+            learner.check()
+
+
+def ha2018_parts(script, args, obs_space, action_space, device):
+    import torch
+
+    only_images(script, obs_space)
+    with torch.device(device):
+        model = script.WorldModel(script.config_of(args, action_space))
+    T, B, Z, A = args.rnn_batch_length, args.rnn_batch_size, args.latent_size, model.A
+    shapes = dict(mu=(T, B, Z), logvar=(T, B, Z), next_mu=(T, B, Z), next_logvar=(T, B, Z), eps=(2, T, B, Z))
+    shapes |= dict(action=(T, B, A), reward=(T, B), c=(B, args.rnn_size), h=(B, args.rnn_size))
+    rnn = {k: torch.randn(s, device=device) for k, s in shapes.items()}
+    rnn |= dict(done=torch.zeros(T, B, device=device), restart=torch.zeros(T, B, device=device))
+    size = args.vae_batch_size, 64, 64, 3
+    vae = dict(frames=torch.randint(0, 256, size, dtype=torch.uint8, device=device))
+    vae["eps"] = torch.randn(args.vae_batch_size, Z, device=device)
+    learners = dict(
+        vae=script.FitLearner(model, model.vae, script.fit_vae, args, device, args.vae_learning_rate),
+        rnn=script.FitLearner(
+            model, model.rnn, script.fit_rnn, args, device, args.rnn_learning_rate, args.rnn_grad_clip
+        ),
+    )
+
+    def compile_(model, both):
+        script.compile_world(model, device)
+        if device.type == "cuda":
+            for learner in both.learners.values():
+                learner.update = script.Graphed(learner.update)
+
+    batches = dict(vae=vae, rnn=rnn | dict(seen=torch.ones(T, B, device=device)))
+    return model, BothNetworks(**learners), batches, compile_
+
+
 # Name: (parts, the kinds of observations with which it gets Discrete actions)
 SCRIPTS = {
     "dreamerv3": (dreamerv3_parts, {"image"}),
@@ -175,6 +224,7 @@ SCRIPTS = {
     "muzero": (muzero_parts, {"vector", "image"}),
     "iris": (iris_parts, {"vector", "image"}),
     "diamond": (diamond_parts, {"vector", "image"}),
+    "ha2018_carracing": (ha2018_parts, {"vector", "image"}),
 }
 
 
@@ -300,7 +350,8 @@ def one(order):
     obs_space, action_space = spaces_of(order["kind"], args.image_size, order["kind"] in discrete)
     model, learner, batch, compile_ = parts(script, args, obs_space, action_space, device)
     out = dict(parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
-    out["samples"] = args.batch_size * getattr(args, "batch_length", 1)
+    batch_size = getattr(args, "batch_size", None) or args.vae_batch_size
+    out["samples"] = batch_size * getattr(args, "batch_length", 1)
     policy, num_envs = make_policy(script, model, device, args), order["num_envs"] or args.num_envs
     if compiled:
         import torch._inductor.config

@@ -676,6 +676,7 @@ def test_speed_of_a_search(home, kind):
     [
         ("iris", "tokenizer_batch_size=4,batch_size=1,ac_batch_size=2,imag_horizon=2,lstm_size=8"),
         ("diamond", "batch_size=2,imag_envs=2,start_pool=2,imag_horizon=2,rew_end_length=6"),
+        ("ha2018_carracing", "vae_batch_size=2,rnn_batch_size=2,rnn_batch_length=3"),
     ],
 )
 def test_speed_of_several_networks(home, script, sizes):
@@ -696,6 +697,18 @@ def test_search_rate(home):
     assert all(float(r["ours"]) > 0 for r in rows) and "1 thread" in Path("res/s.md").read_text()
     wrong = call("search", "--actions", "1")
     assert wrong.returncode == 2 and wrong.stderr.startswith("search.py: error: --actions") and wrong.stdout == ""
+
+
+def test_rates_of_world_models(home):
+    done = call(
+        "world_models", "--seconds", 0, "--no-cuda", "--parts", "encode", "evolution", "--name", "w", "--results", "r"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader(open("r/w.csv")))
+    assert [r["how"] for r in rows[:3]] == ["batch 1", "batch 16", "batch 256"] and len(rows) == 4
+    assert all(float(r["per_second"]) > 0 for r in rows) and "1 thread" in Path("r/w.md").read_text()
+    wrong = call("world_models", "--parts", "nope")
+    assert wrong.returncode == 2 and "--parts" in wrong.stderr and wrong.stdout == ""
 
 
 def test_gpu_check_in_slices(home, monkeypatch):

@@ -1622,7 +1622,9 @@ class RandomAgents:
 
     def __init__(self, model, how, n, length):
         self.model, self.n, self.device = model, n, model.reward_scale.device
-        self.params = {k: torch.zeros(n, *p.shape, device=self.device) for k, p in model.named_parameters()}
+        acting = ("vae.encoder", "vae.mu", "rnn.weight", "rnn.bias", "controller")  # neither decoder nor heads
+        params = {k: p for k, p in model.named_parameters() if k.startswith(acting)}
+        self.params = {k: torch.zeros(n, *p.shape, device=self.device) for k, p in params.items()}
         self.c, self.h = model.rnn.initial(n, device=self.device)
 
     def begin(self, i, e, seed):

@@ -146,8 +146,8 @@ def main():
     print("\n" + note)
     if flags.name:
         flags.results.mkdir(parents=True, exist_ok=True)
-        head = f"# {flags.name}\n\nWritten by `benchmarks/world_models.py`; its first lines say what it measures. {note}.\n"
-        (flags.results / f"{flags.name}.md").write_text(head + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        head = f"# {flags.name}\n\nWritten by `benchmarks/world_models.py`, which says what it measures. {note}.\n\n"
+        (flags.results / f"{flags.name}.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
         with open(flags.results / f"{flags.name}.csv", "w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
             writer.writeheader()

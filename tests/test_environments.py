@@ -353,3 +353,68 @@ def test_diamond_environment_family(case, tmp_path, monkeypatch):
     assert replay["rows"]["frames"].shape[2:] == (side, side, channels) and replay["rows"]["frames"].numpy().std() > 3
     assert sum(T for _, _, T in replay["episodes"]) == 120 and replay["rows"]["actions"].max() < actions
     assert state["spaces"]["action"] == actions
+
+
+# ha2018_carracing.py: both experiments of the paper with their full networks and real environments, few and short
+# episodes and updates; and other families with small networks, which learn in the dream.
+HA2018_SHORT = (
+    "--no-cuda --no-compile --num-threads 1 --log-every 1 --generations 2 --popsize 2 --rollouts 1 --eval-every 1 "
+    "--eval-rollouts 2 --eval-episodes 1 --save-generations 1"
+)
+HA2018_SMALL = (
+    "--preset cpu_dream --num-envs 2 --collect-episodes 3 --vae-depth 2 --latent-size 4 --rnn-size 8 --vae-epochs 1 "
+    "--vae-batch-size 8 --rnn-epochs 1 --rnn-batch-size 2 --rnn-batch-length 8 --max-episode-steps 12 --iterations 1"
+)
+HA2018_CASES = {
+    "car-racing": (
+        "--num-envs 2 --collect-episodes 3 --max-episode-steps 30 --vae-epochs 1 --vae-batch-size 30 --rnn-epochs 1 "
+        "--rnn-batch-size 3 --rnn-batch-length 20 --num-workers 2",
+        (3, "car"),
+    ),
+    "take-cover": (
+        "--preset takecover --num-envs 2 --collect-episodes 2 --min-episode-steps 101 --vae-epochs 1 "
+        "--vae-batch-size 100 --rnn-epochs 1 --rnn-batch-size 2 --rnn-batch-length 20 --max-episode-steps 150 "
+        "--num-workers 2",
+        (1, "box"),
+    ),
+    "atari": (f"{HA2018_SMALL} --env-id ALE/Breakout-v5 --predict-reward", (4, "discrete")),
+    "minatar": (f"{HA2018_SMALL} --env-id MinAtar/Breakout-v1 --pixels", (3, "discrete")),
+    "rendered": (f"{HA2018_SMALL} --env-id Pendulum-v1 --pixels --predict-reward --no-predict-done", (1, "box")),
+    "box2d": (
+        f"{HA2018_SMALL} --env-id LunarLander-v3 --pixels --action-repeat 2 --controller-hidden 3", (4, "discrete"),
+    ),
+    "car-dream": (f"{HA2018_SMALL} --env-id CarRacing-v3 --predict-reward --collect-policy momentum", (3, "car")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HA2018_CASES)
+def test_ha2018_environment_family(case, tmp_path, monkeypatch):
+    """Collect, V, M, C, measuring, the evaluation with the environment's own pictures; then the dream of it."""
+    flags, (actions, kind) = HA2018_CASES[case]
+    script = importlib.import_module("ha2018_carracing")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ha2018_carracing.py", *flags.split(), *HA2018_SHORT.split()])
+    args = script.parse_args(script.Args, script.PRESETS, "")
+    result = script.main(args)
+    assert os.listdir(tmp_path) == ["runs"]  # Doom's engine likes to write its settings here
+    run = next((tmp_path / "runs").iterdir())
+    state = script.load_checkpoint(str(run), "ha2018_carracing")
+    assert state["stage"] == "done" and state["config"]["actions"] == actions and state["config"]["kind"] == kind
+    assert np.isfinite(list(result["prediction_errors"].values())).all() and len(result["returns"]) == 1
+    if case in ("car-racing", "take-cover"):  # the sizes of the paper
+        counts = {k: sum(v.numel() for n, v in state["model"].items() if n.startswith(k)) for k in ("vae", "rnn")}
+        counts["controller"] = state["model"]["controller.theta"].numel()
+        sizes = (4_348_547, 422_368, 867) if case == "car-racing" else (4_446_915, 1_678_785, 1_088)
+        assert tuple(counts.values()) == sizes
+    files = sorted((run / "data").glob("*.npz"))
+    assert len(files) == args.collect_episodes
+    episode = np.load(files[0])
+    assert episode["frames"].shape[1:] == (64, 64, 3) and episode["frames"].std() > 3
+    assert episode["action"].shape == (len(episode["reward"]), actions) and episode["action"].std() > 0
+    assert len(episode["reward"]) >= args.min_episode_steps
+    env = script.DreamEnv(str(run))
+    first, _ = env.reset(seed=0)
+    action = env.action_space.sample()
+    second = env.step(action)[0]
+    seen = env.reset(seed=0, options={"observations": episode["frames"][:5], "actions": [action] * 5})[0]
+    assert first.shape == second.shape == seen.shape == (64, 64, 3) and (first != second).any()

@@ -39,6 +39,8 @@ Paper [P], authors' code [O] (hardmaru/WorldModelsExperiments) and this file, wh
   * All 64 candidates play the same 16 episodes of a generation; in [O] pairs of them do.
   * [O]'s wrapper of CMA-ES added 0.01 times the mean square of the weights to the fitness (meant as a penalty).
   * Log standard deviations of M are at least -7.
+  * Only an episode that terminated teaches the done head an end; [O] also counts timeouts.
+  * The noise of M's target z is not that of the same z as the next input; the expected loss is the same.
   * The reward head, which lets C be evolved in the dream of any environment, and --iterations (collect with C, train V
     and M on all of it, evolve C again, after [P]'s section 5, where M also predicts rewards and ends) are not in [O].
 
@@ -51,12 +53,12 @@ z[t+1] is what was seen next; restart[t] is 1 if z[t] is the first of its episod
 saw (z[t], action[t]).
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import random
@@ -288,7 +290,7 @@ RANGES = {
     **dict.fromkeys("env_timeout data_gb rnn_grad_clip sigma_init".split(), (1e-9, 1e9)),
     **dict.fromkeys("kl_tolerance done_weight".split(), (0, 1e9)),
     **{"seed": (0, 2**32 - 1), "image_size": (64, 64), "rnn_lr_decay": (0, 1), "explore": (0, 1)},
-    **{"popsize": (2, math.inf), "rnn_batch_length": (2, math.inf), "temperature": (1e-3, 10)},
+    **{"popsize": (4, math.inf), "rnn_batch_length": (2, math.inf), "temperature": (1e-3, 10)},
     **{"target_return": (-1e300, 1e300)},
 }
 # fmt: on
@@ -399,10 +401,10 @@ def unflatten(theta, pop, outputs=3, bias=True):
 
 
 def glorot(*weights):
-    """TensorFlow's default: uniform with variance 2 / (fan in + fan out)."""
+    """TensorFlow's default: uniform with variance 2 / (fan in + fan out), of a vector 1 / its length."""
     for w in weights:
-        limit = math.sqrt(6 / (2 * w.numel())) if w.dim() == 1 else 0
-        nn.init.uniform_(w, -limit, limit) if w.dim() == 1 else nn.init.xavier_uniform_(w)
+        limit = math.sqrt(6 / (2 * w.numel())) if w.dim() == 1 else None
+        nn.init.xavier_uniform_(w) if limit is None else nn.init.uniform_(w, -limit, limit)
 
 
 class Vae(nn.Module):
@@ -452,8 +454,7 @@ class MdnRnn(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.inputs + self.H, 4 * self.H))
         self.bias = nn.Parameter(torch.empty(4 * self.H))
         self.out = nn.Linear(self.H, 3 * self.K * self.Z + done + reward)
-        glorot(self.weight, self.bias, self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        glorot(self.weight, self.bias, self.out.weight, self.out.bias)
 
     def initial(self, *shape, device=None):
         """c, h of zeros"""
@@ -644,11 +645,6 @@ class FitLearner:
 CHUNK = 20  # dream steps between two looks at who is still alive
 
 
-def put(old, new, rows):
-    """A copy of old (P, R, ...) whose flattened `rows` are new (n, ...)."""
-    return old.flatten(0, 1).index_copy(0, rows, new).unflatten(0, old.shape[:2])
-
-
 def dream_chunk(model, s):
     """CHUNK steps of P x R dreams at once. s: z, c, h (P, R, .), alive, restart, score (P, R), theta (P, n), tau (P),
     uniform, eps (CHUNK, R, Z), count (CHUNK), 1 for steps that are still to be made. Returns the new state."""
@@ -657,25 +653,24 @@ def dream_chunk(model, s):
     for t in range(len(s["eps"])):
         action = model.to_action(model.controller(model.features(z, c, h), s["theta"]))  # (P, R, A)
         x, uniform, eps = rnn.join(z, action, restart), s["uniform"][t].expand(P, R, -1), s["eps"][t].expand(P, R, -1)
-        rows = None
+        rows, temperature = None, tau
         if not x.is_cuda and float(alive.mean()) < 0.7:  # most are dead: compute the rest only (a GPU keeps its shapes)
             rows = alive.flatten().nonzero().squeeze(1)
-            everything, temperature = (x, c, h, uniform, eps), tau.expand(P, R, 1, 1).flatten(0, 1)[rows]
-            x, c, h, uniform, eps = (v.flatten(0, 1)[rows] for v in everything)
+            x, c, h, uniform, eps = (v.flatten(0, 1)[rows] for v in (x, c, h, uniform, eps))
+            temperature = tau.expand(P, R, 1, 1).flatten(0, 1)[rows]
         c, h = (v.unflatten(0, x.shape[:-1]) for v in rnn.lstm_step(*(v.flatten(0, -2) for v in (x, c, h))))
         logmix, mean, logstd, logit, reward = rnn.heads(h)
-        z_next = sample_mdn(logmix, mean, logstd, tau if rows is None else temperature, uniform, eps)
-        if rows is not None:  # back to the places where they were
-            z_next, c, h = (put(*x, rows) for x in ((z, z_next), (everything[1], c), (everything[2], h)))
-            none = torch.zeros_like(alive)
-            logit, reward = (None if x is None else put(none, x, rows) for x in (logit, reward))
+        z = sample_mdn(logmix, mean, logstd, temperature, uniform, eps)
+        if rows is not None:  # back to their places; what is dead is never looked at again
+            place = lambda v: v.new_zeros(P * R, *v.shape[1:]).index_copy(0, rows, v).unflatten(0, (P, R))  # noqa: B023, E731
+            z, c, h, logit, reward = (v if v is None else place(v) for v in (z, c, h, logit, reward))
         gain = 1.0 if reward is None else reward * model.reward_scale
         score = score + alive * s["count"][t] * gain
         if logit is not None:
             # NOTE: the end is cut off at probability one half, never drawn: drawn, small chances summed over hundreds
             # of steps would kill every dream.
             alive = alive * (logit <= 0)
-        z, restart = z_next, torch.zeros_like(restart)
+        restart = torch.zeros_like(restart)
     return s | dict(z=z, c=c, h=h, alive=alive, restart=restart, score=score)
 
 
@@ -820,6 +815,36 @@ def episode_files(run):
     return [os.path.join(folder, n) for n in sorted(os.listdir(folder)) if n.endswith(".npz")]
 
 
+class EpisodeWriter:
+    """Writes episodes with other threads, since compressing one takes longer than many steps. Short episodes are only
+    marked. names: the path of each number, without its ending."""
+
+    def __init__(self, names, shortest, most_bytes, size, most_waiting):
+        self.names, self.shortest, self.most_bytes, self.size = names, shortest, most_bytes, size
+        self.most_waiting, self.threads, self.jobs = most_waiting, ThreadPoolExecutor(4), []
+
+    def __call__(self, number, episode):
+        """Keep this episode. True if the disk space that may be used is used up."""
+        name = self.names[number]
+        if len(episode["reward"]) < self.shortest:
+            open(name + ".short", "w").close()
+        else:
+            self.jobs.append((self.threads.submit(save_episode, name + ".npz", episode), name + ".npz"))
+        while self.jobs and (self.jobs[0][0].done() or len(self.jobs) > self.most_waiting):
+            job, path = self.jobs.pop(0)
+            job.result()  # waits, and says what could not be written
+            self.size += os.path.getsize(path)
+        return self.size > self.most_bytes
+
+    def close(self):
+        """Wait for what is left."""
+        self.threads.shutdown()
+        for job, path in self.jobs:
+            job.result()
+            self.size += os.path.getsize(path)
+        return self.size > self.most_bytes
+
+
 class FrameStore:
     """All frames of all episodes in random order, at most `capacity` of them in memory on `device`."""
 
@@ -858,7 +883,9 @@ class FrameStore:
         rng = np.random.default_rng(seed)
         for group in self.groups(rng):
             count = int(self.lengths[group].sum())
-            order, batches = torch.from_numpy(rng.permutation(count)), max(1, count // batch)
+            # All batches have one size, which CUDA graphs need; only if there is less than one, it is what there is.
+            order, batches = torch.from_numpy(rng.permutation(count)), count // batch
+            batches = batches or int(count == self.lengths.sum())
             if skip >= batches:
                 skip -= batches
                 continue
@@ -876,19 +903,24 @@ class LatentStore:
     def __init__(self, model, files, device):
         parts = {k: [] for k in "mu logvar action reward done seen frame restart".split()}
         frames, self.length = 0, []
+        names = "frames", "action", "reward", "terminated"
         with ThreadPoolExecutor(8) as pool:
             for i in range(0, len(files), 16):
-                names = "frames", "action", "reward", "terminated"
-                for e in pool.map(lambda p: load_episode(p, *names), files[i : i + 16]):  # noqa: B023
-                    mu, logvar = zip(*(model.encode(x) for x in torch.from_numpy(e["frames"]).to(device).split(512)))
-                    T, last = len(e["reward"]), np.arange(len(e["reward"])) == len(e["reward"]) - 1
+                episodes = list(pool.map(lambda p: load_episode(p, *names), files[i : i + 16]))
+                pictures = torch.from_numpy(np.concatenate([e["frames"] for e in episodes]))
+                for chunk in pictures.split(512):
                     # NOTE: mu and logvar are stored, not z: M has to see a new z every time.
-                    parts["mu"].append(torch.cat(mu).half())
-                    parts["logvar"].append(torch.cat(logvar).half())
+                    shape = (512 if device.type == "cuda" else len(chunk), *chunk.shape[1:])  # one shape if compiled
+                    full = torch.zeros(shape, dtype=torch.uint8)
+                    full[: len(chunk)] = chunk
+                    for k, v in zip(("mu", "logvar"), model.encode(full.to(device))):
+                        parts[k].append(v[: len(chunk)].half())
+                for e in episodes:
+                    T, last = len(e["reward"]), np.arange(len(e["reward"])) == len(e["reward"]) - 1
                     rows = dict(action=e["action"], reward=e["reward"], done=last & e["terminated"])
-                    rows |= dict(seen=~last | (len(e["frames"]) > T), frame=frames + np.arange(T), restart=last[::-1])
-                    for k, v in rows.items():
-                        parts[k].append(torch.as_tensor(np.ascontiguousarray(v)))
+                    rows |= dict(seen=~last | (len(e["frames"]) > T), frame=frames + np.arange(T))
+                    for k, v in (rows | dict(restart=np.arange(T) == 0)).items():
+                        parts[k].append(torch.as_tensor(v))
                     frames, self.length = frames + len(e["frames"]), [*self.length, T]
         data = {k: torch.cat(v).to(device) for k, v in parts.items()}
         self.data = {k: v.float() if k not in ("mu", "logvar", "frame") else v for k, v in data.items()}
@@ -1057,17 +1089,31 @@ class TakeCover(gym.Wrapper):
         self.observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
 
+        self.folder = None
+
     def see(self, obs):
         screen = obs["screen"]
         return process_frame(screen, len(screen) * 5 // 6)
 
     def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=seed, options=options)
+        home = os.getcwd()
+        if self.folder is None:  # NOTE: the engine, started here, writes its settings into the current directory
+            self.folder = tempfile.TemporaryDirectory()
+            os.chdir(self.folder.name)
+        try:
+            obs, info = self.env.reset(seed=seed, options=options)
+        finally:
+            os.chdir(home)
         return self.see(obs), info
 
     def step(self, action):
         obs, *rest = self.env.step(int(doom_buttons(action[0])))
         return self.see(obs), *rest
+
+    def close(self):
+        self.env.close()
+        if self.folder is not None:
+            self.folder.cleanup()
 
 
 class OneImage(gym.ObservationWrapper):
@@ -1303,13 +1349,7 @@ def take_cover(args):
     kwargs = dict(doom_skill=4, episode_timeout=2_100, episode_start_time=14, render_hud=True, render_weapon=False)
     kwargs |= dict(render_crosshair=False, render_decals=False, render_particles=False)
     kwargs |= dict(screen_resolution="RES_160X120") | json.loads(args.env_kwargs)
-    home = os.getcwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # NOTE: the engine writes its settings into the current directory
-        try:
-            return TakeCover(gym.make(args.env_id, **kwargs))
-        finally:
-            os.chdir(home)
+    return TakeCover(gym.make(args.env_id, **kwargs))
 
 
 def any_env(args):
@@ -1326,7 +1366,7 @@ def control_env(args):
 
 
 class Families(dict):
-    """Environments that are not built by gymnasium.make alone, and any_env for all others."""
+    """Environments that are not built by gymnasium.make alone, and any_env for all others: make_env asks with get."""
 
     def get(self, key, default=None):
         return super().get(key, any_env)
@@ -1373,8 +1413,14 @@ def play_rows(envs, a, rows):
         (a.frames[i],) = obs.values()
 
 
-def worker_main(number, parent, pipe, args, rows, arrays):
+def as_arrays(shared, discrete):
+    """Tensors in shared memory as numpy arrays, by name."""
+    return types.SimpleNamespace(**{k: v.numpy() for k, v in shared.items()}, discrete=discrete)
+
+
+def worker_main(parent, pipe, args, rows, shared, discrete):
     """An environment process: for each message, a group, play its rows of that group."""
+    arrays = as_arrays(shared, discrete)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process stops us
         signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -1404,23 +1450,27 @@ class EnvPool:
 
     def __init__(self, args, n, action_space):
         self.n, self.timeout, discrete = n, args.env_timeout, isinstance(action_space, gym.spaces.Discrete)
-        workers = min(args.num_workers or os.cpu_count() or 1, n)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(args.num_workers or cores, n)
         shapes = dict(frames=((n, 64, 64, 3), torch.uint8), op=((n,), torch.uint8), flag=((n,), torch.uint8))
         width = 1 if discrete else action_space.shape[0]
         shapes |= dict(action=((n, width), torch.float32), reward=((n,), torch.float64), seed=((n, 3), torch.int64))
-        arrays = {k: torch.zeros(s, dtype=d).share_memory_() for k, (s, d) in shapes.items()}
-        self.__dict__.update({k: v.numpy() for k, v in arrays.items()})
-        self.arrays = types.SimpleNamespace(**{k: v.numpy() for k, v in arrays.items()}, discrete=discrete)
+        shared = {k: torch.zeros(s, dtype=d).share_memory_() for k, (s, d) in shapes.items()}
+        self.__dict__.update({k: v.numpy() for k, v in shared.items()})
+        self.arrays = as_arrays(shared, discrete)
         self.groups = [np.arange(n)] if workers == 1 or n == 1 else np.array_split(np.arange(n), 2)
         self.workers = []
         if workers == 1:
             self.envs = {i: make_env(args, i)() for i in range(n)}
             return
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        # NOTE: a fork takes no time but inherits no threads; MuJoCo's renderer, used by then, does not survive that.
+        fork = sys.platform == "linux" and env_family(args) != "dm_control"
+        context = torch.multiprocessing.get_context("fork" if fork else "spawn")
+        atexit.register(self.close)
         for w in range(workers):
             rows = [np.array_split(group, workers)[w] for group in self.groups]
             ours, theirs = context.Pipe()
-            inputs = w, os.getpid(), theirs, args, rows, self.arrays
+            inputs = os.getpid(), theirs, args, rows, shared, discrete
             process = context.Process(target=worker_main, args=inputs, daemon=True)
             process.start()
             theirs.close()
@@ -1471,7 +1521,7 @@ class EnvPool:
             with contextlib.suppress(OSError):
                 pipe.send(None)
         for process, pipe in self.workers:
-            process.join(2)
+            process.join(10)  # a hundred Doom engines take a while
             if process.is_alive():
                 process.kill()
             pipe.close()
@@ -1479,6 +1529,7 @@ class EnvPool:
             for env in self.envs.values():
                 env.close()
         self.workers, self.envs = [], {}
+        atexit.unregister(self.close)
 
 
 def rollouts(pool, seeds, policy, stop=None, store=None, tell=None):
@@ -1616,95 +1667,111 @@ class RandomPlay:
         return action, self.model.env_action(action)
 
 
-class RandomAgents:
+class EpisodeNoise:
+    """Noise for z in n lockstep environments, drawn for some steps at a time. NOTE: it belongs to the episode, not to
+    the order in which episodes are played: a run that was interrupted repeats it, and all candidates meet the same."""
+
+    BLOCK = 256
+
+    def __init__(self, model, n):
+        self.model, self.device = model, model.reward_scale.device
+        self.c, self.h = model.rnn.initial(n, device=self.device)
+        self.t, self.seeds = np.zeros(n, int), [None] * n
+        self.noise = np.zeros((n, self.BLOCK, model.rnn.Z), np.float32)
+
+    def begin(self, i, e, seed):
+        self.c[i], self.h[i], self.t[i], self.seeds[i] = 0, 0, 0, seed
+
+    def draw(self, i, rng):
+        rng.standard_normal(out=self.noise[i], dtype=np.float32)
+
+    def places(self, rows):
+        """Where in their blocks these rows are."""
+        for i in rows[self.t[rows] % self.BLOCK == 0]:
+            self.draw(i, episode_rng(self.seeds[i], 2, self.t[i]))
+        return self.t[rows] % self.BLOCK
+
+
+class RandomAgents(EpisodeNoise):
     """A fresh V, M and C with Cauchy distributed weights for each episode (authors' CarRacing): they drive in many
     ways, most of them steadily, where independent noise only trembles."""
 
     def __init__(self, model, how, n, length):
-        self.model, self.n, self.device = model, n, model.reward_scale.device
-        acting = ("vae.encoder", "vae.mu", "rnn.weight", "rnn.bias", "controller")  # neither decoder nor heads
+        super().__init__(model, n)
+        acting = ("vae.encoder", "vae.mu", "vae.logvar", "rnn.weight", "rnn.bias", "controller")  # what it takes to act
         params = {k: p for k, p in model.named_parameters() if k.startswith(acting)}
         self.params = {k: torch.zeros(n, *p.shape, device=self.device) for k, p in params.items()}
-        self.c, self.h = model.rnn.initial(n, device=self.device)
 
     def begin(self, i, e, seed):
-        rng, names = episode_rng(seed, 1), sorted(self.params)
-        scale = rng.uniform(0, 0.01)
-        for k in names:
-            p = self.params[k][i]
-            p.copy_(torch.from_numpy(rng.standard_cauchy(tuple(p.shape)) * scale))
-        self.c[i], self.h[i] = 0, 0
+        super().begin(i, e, seed)
+        rng = episode_rng(seed, 1)
+        scale, generator = rng.uniform(0, 0.01), torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
+        for p in self.params.values():
+            p[i].cauchy_(generator=generator).mul_(scale)
 
     @torch.no_grad()
     def act(self, g, rows, acting, frames, first):
         rows = rows[acting]
-        x = to_images(torch.from_numpy(frames[acting]).to(self.device))
-        params = {k: v[rows] for k, v in self.params.items()}
-        first = torch.from_numpy(first[acting]).to(self.device).float()
-        action, c, h = torch.func.vmap(self.one)(params, x, self.c[rows], self.h[rows], first)
+        to = lambda x: torch.as_tensor(x, device=self.device)  # noqa: E731
+        eps, first = to(self.noise[rows, self.places(rows)]), to(first[acting]).float()
+        params, x = {k: v[rows] for k, v in self.params.items()}, to_images(to(frames[acting]))
+        action, c, h = torch.func.vmap(self.one)(params, x, eps, self.c[rows], self.h[rows], first)
         self.c[rows], self.h[rows] = c, h
+        self.t[rows] += 1
         action = action.cpu().numpy()
         return action, self.model.env_action(action)
 
-    def one(self, params, x, c, h, first):
-        """One step of one agent, from its own weights."""
-        part = lambda name: {k.removeprefix(name): v for k, v in params.items() if k.startswith(name)}  # noqa: E731
-        mu = torch.func.functional_call(
-            Encoder(self.model.vae), {f"vae.{k}": v for k, v in part("vae.").items()}, x[None]
-        )
-        features = self.model.features(mu[0], c, h)
-        theta = params["controller.theta"]
-        action = self.model.to_action(self.model.controller(features[None, None], theta[None])[0, 0])
-        rnn = part("rnn.")
-        c, h = lstm_step(self.model.rnn.join(mu[0], action, first)[None], c[None], h[None], rnn["weight"], rnn["bias"])
+    def one(self, params, x, eps, c, h, first):
+        """One step of one agent with its own weights, the same as act_step."""
+        model, vae = self.model, {k: v for k, v in params.items() if k.startswith("vae.")}
+        mu, logvar = torch.func.functional_call(Encoder(model.vae), vae, x[None])
+        # NOTE: such weights overflow now and then. The authors' agents were not guarded; NaN cannot steer.
+        z = sample_z(mu[0], logvar[0], eps).nan_to_num().clamp(-1e3, 1e3)
+        features = model.features(z, c, h)
+        action = model.to_action(model.controller(features[None, None], params["controller.theta"][None])[0, 0])
+        rnn = params["rnn.weight"], params["rnn.bias"]
+        c, h = lstm_step(model.rnn.join(z, action, first)[None], c[None], h[None], *rnn)
         return action, c[0], h[0]
 
 
 class Encoder(nn.Module):
-    """V's mean, as a module of its own."""
+    """V's encoder as a module of its own, whose weights torch.func can exchange."""
 
     def __init__(self, vae):
         super().__init__()
         self.vae = vae
 
     def forward(self, x):
-        return self.vae.encode(x)[0]
+        return self.vae.encode(x)
 
 
-class AgentPlay:
+class AgentPlay(EpisodeNoise):
     """V, M and C for `rollouts`. theta: parameters of C for each episode, by number (E, n); explore: chance per step
     that random actions take over for a while, in every second episode."""
 
-    BLOCK = 256  # steps for which an episode's noise is drawn at once
-
     def __init__(self, model, theta, n, explore=0.0):
-        self.model, self.device, self.explore = model, model.reward_scale.device, explore
-        self.all = torch.as_tensor(theta, device=self.device)
+        super().__init__(model, n)
+        self.explore, self.all = explore, torch.as_tensor(theta, device=self.device)
         self.theta = torch.zeros(n, self.all.shape[1], device=self.device)
-        self.c, self.h = model.rnn.initial(n, device=self.device)
-        self.t, self.seeds, self.number = np.zeros(n, int), [None] * n, np.zeros(n, int)
-        self.noise = np.zeros((n, self.BLOCK, model.rnn.Z), np.float32)
         self.random = np.full((n, self.BLOCK, model.A), np.nan, np.float32)
 
     def begin(self, i, e, seed):
-        self.theta[i], self.c[i], self.h[i] = self.all[e], 0, 0
-        self.t[i], self.seeds[i], self.number[i] = 0, seed, e
+        super().begin(i, e, seed)
+        self.theta[i] = self.all[e]
 
-    def draw(self, i):
-        """Noise of episode i's next steps. NOTE: it belongs to the episode, not to the order in which episodes are
-        played: so a run that was interrupted repeats it, and all candidates meet the same one."""
-        rng = episode_rng(self.seeds[i], 2, self.t[i])
-        rng.standard_normal(out=self.noise[i], dtype=np.float32)
-        if self.explore and self.number[i] % 2:
+    def draw(self, i, rng):
+        super().draw(i, rng)
+        if self.explore and self.seeds[i][-1] % 2:
             takes, holds = rng.random(self.BLOCK) < self.explore, rng.integers(1, 11, self.BLOCK)
             actions, self.random[i] = uniform_actions(self.model.kind, self.model.A, self.BLOCK, rng), np.nan
             for t in np.flatnonzero(takes):
                 self.random[i, t : t + holds[t]] = actions[t]
+        else:
+            self.random[i] = np.nan
 
     @torch.no_grad()
     def act(self, g, rows, acting, frames, first):
-        for i in rows[acting & (self.t[rows] % self.BLOCK == 0)]:
-            self.draw(i)
+        self.places(rows[acting])
         if self.device.type != "cuda":  # a GPU keeps its shapes: rows that idle are computed too
             rows, frames, first, acting = rows[acting], frames[acting], first[acting], acting[acting]
         at = self.t[rows] % self.BLOCK
@@ -2442,7 +2509,8 @@ def probe_env(args):
     obs_space, action_space = env.observation_space, env.action_space
     env.close()
     own = make_env(replace(args, max_episode_steps=None), 0)()  # the environment's own limit, in its own steps
-    limit = own.spec.max_episode_steps if own.spec else None
+    suite_limit = own.unwrapped.env._step_limit if family == "dm_control" else math.inf  # inf: none
+    limit = int(suite_limit) if suite_limit < math.inf else own.spec.max_episode_steps if own.spec else None
     own.close()
     if len(obs_space) != 1 or len(next(iter(obs_space.values())).shape) != 3:
         found = ", ".join(f"{k!r} {s}" for k, s in obs_space.items())
@@ -2556,64 +2624,58 @@ class Experiment:
         say(f"random policy: {self.random_return:.1f} +- {np.std(returns):.1f} over {E} episodes")
 
     def collect(self):
-        """Episodes of random play or, in later iterations, of C, one file each."""
-        args, i = self.args, self.iteration
-        folder = self.path("data")
-        os.makedirs(folder, exist_ok=True)
-        name = lambda e: os.path.join(folder, f"{i}-{e:06d}")  # noqa: E731
-        size, end, full = sum(os.path.getsize(p) for p in episode_files(self.run)), args.collect_episodes, []
-        kept = 0
-        while kept < args.collect_episodes and not full:
-            have = {e for e in range(end) if os.path.exists(name(e) + ".npz") or os.path.exists(name(e) + ".short")}
-            missing, seeds = [e for e in range(end) if e not in have], self.seeds(1, 0, end)
+        """Episodes of random play or, in later iterations, of C, one file each; more, if some are too short."""
+        args, i, end, kept, full = self.args, self.iteration, self.args.collect_episodes, [], False
+        os.makedirs(self.path("data"), exist_ok=True)
+        while len(kept) < args.collect_episodes and not full:
+            # NOTE: absolute, since threads write them: the current directory changes while a Doom engine starts.
+            names = [os.path.abspath(self.path("data", f"{i}-{e:06d}")) for e in range(end)]
+            missing = [e for e in range(end) if not any(os.path.exists(names[e] + x) for x in (".npz", ".short"))]
             if missing:
-                pool, tell = self.pool(len(missing)), Progress("episodes", end, len(have))
-                kind = RandomAgents if args.collect_policy == "agent" else RandomPlay
-                policy = kind(self.model, args.collect_policy, pool.n, self.limit)
-                if i > 0:
-                    theta = self.model.controller.theta.cpu().numpy()
-                    policy = AgentPlay(self.model, np.tile(theta, (len(missing), 1)), pool.n, args.explore)
-                writers, jobs = ThreadPoolExecutor(4), []
-
-                def store(number, episode):
-                    """NOTE: written by other threads, since compressing takes longer than many steps."""
-                    e = missing[number]  # noqa: B023
-                    if len(episode["reward"]) < args.min_episode_steps:
-                        open(name(e) + ".short", "w").close()
-                    else:
-                        jobs.append((writers.submit(save_episode, name(e) + ".npz", episode), name(e) + ".npz"))  # noqa: B023
-                    done = [path for job, path in jobs if job.done() and not job.result()]  # noqa: B023
-                    nonlocal size
-                    size += sum(os.path.getsize(path) for path in done)
-                    jobs[:] = [(job, path) for job, path in jobs if path not in done]  # noqa: B023
-                    full.extend([1] if size > args.data_gb * 1e9 else [])
-                    return bool(full)
-
-                try:
-                    out = rollouts(pool, [seeds[e] for e in missing], policy, self.stop, store, tell)
-                finally:
-                    pool.close()
-                    writers.shutdown()
-                for job, _ in jobs:
-                    job.result()  # says what could not be written
-                if out is None:
-                    self.stopped()
-            kept = sum(os.path.exists(name(e) + ".npz") for e in range(end))
+                full = self.play_and_write(missing, names)
+            kept = [name + ".npz" for name in names if os.path.exists(name + ".npz")]
             if not kept:
                 shortest = f"--min-episode-steps {args.min_episode_steps}"
                 raise SystemExit(f"none of {end} episodes has {shortest} steps: nothing to learn from")
-            end += args.collect_episodes - kept
+            end += args.collect_episodes - len(kept)
         if full:
-            say(f"warning: the episodes have reached --data-gb {args.data_gb:g}; going on with {kept} of them")
+            say(f"warning: the episodes have reached --data-gb {args.data_gb:g}; going on with {len(kept)} of them")
         files = episode_files(self.run)
-        lengths = [int(load_episode(p, "length")["length"]) for p in files]
-        self.steps += sum(lengths[-kept:])
-        rewards = np.concatenate([load_episode(p, "reward")["reward"] for p in files])
-        self.model.reward_scale.fill_(max(float(rewards.std()), 1e-3) if args.predict_reward else 1.0)
-        tags = {"charts/episodes_collected": len(files), "charts/collected_length": float(np.mean(lengths[-kept:]))}
+        rewards = [load_episode(p, "reward")["reward"] for p in files]
+        lengths = [len(load_episode(p, "reward")["reward"]) for p in kept]
+        self.steps += sum(lengths)
+        std = float(np.concatenate(rewards).std())
+        self.model.reward_scale.fill_(max(std, 1e-3) if args.predict_reward else 1.0)
+        tags = {"charts/episodes_collected": len(files), "charts/collected_length": float(np.mean(lengths))}
         self.logger.scalars(tags, self.ticks)
         gb = sum(os.path.getsize(p) for p in files) / 1e9
-        say(f"collected {kept} episodes, {np.mean(lengths[-kept:]):.1f} frames each; {len(files)} in all, {gb:.3f} GB")
+        say(f"collected {len(kept)} episodes of {np.mean(lengths):.1f} steps; {len(files)} in all, {gb:.3f} GB")
+
+    def play_and_write(self, missing, names):
+        """Play the episodes of these numbers and keep them. True if no more may be kept."""
+        args, n = self.args, len(missing)
+        size, seeds = sum(os.path.getsize(p) for p in episode_files(self.run)), self.seeds(1, 0, len(names))
+        store = EpisodeWriter(
+            [names[e] for e in missing], args.min_episode_steps, args.data_gb * 1e9, size, args.num_envs
+        )
+        with contextlib.closing(self.pool(n)) as pool:
+            if self.iteration:
+                theta = self.model.controller.theta.cpu().numpy()
+                policy = AgentPlay(self.model, np.tile(theta, (n, 1)), pool.n, args.explore)
+            else:
+                policy = self.random_play(pool.n)
+            tell = Progress("episodes", len(names), len(names) - n)
+            try:
+                done = rollouts(pool, [seeds[e] for e in missing], policy, self.stop, store, tell)
+            finally:
+                full = store.close()
+        if done is None:
+            self.stopped()
+        return full
+
+    def random_play(self, n):
+        kind = RandomAgents if self.args.collect_policy == "agent" else RandomPlay
+        return kind(self.model, self.args.collect_policy, n, self.limit)
 
     # ---- V and M
 
@@ -2637,10 +2699,11 @@ class Experiment:
 
     def learner(self, network, loss, learning_rate, clip=math.inf):
         learner = FitLearner(self.model, network, loss, self.args, self.device, learning_rate, clip)
+        fresh = [group["lr"] for group in learner.opt.param_groups]
         if self.optimizer:
             learner.opt.load_state_dict(self.optimizer)
-            for group in learner.opt.param_groups:  # the run may have begun on another kind of device
-                group["capturable"] = self.device.type == "cuda"
+            for group, new in zip(learner.opt.param_groups, fresh):  # the run may have begun on another kind of device
+                group["capturable"], group["lr"] = self.device.type == "cuda", new
         # [optional: compile
         if self.args.compile and self.device.type == "cuda":
             learner.update = Graphed(learner.update)
@@ -2766,9 +2829,8 @@ class Experiment:
         episodes, n = [], 8
         pool = self.pool(n)
         with contextlib.closing(pool):
-            kind = RandomAgents if self.args.collect_policy == "agent" else RandomPlay
             for a, policy in enumerate([
-                kind(self.model, self.args.collect_policy, pool.n, self.limit),
+                self.random_play(pool.n),
                 AgentPlay(self.model, self.model.controller.theta.cpu().numpy()[None].repeat(n, 0), pool.n),
             ]):  # fmt: skip
                 keep = lambda e, data: episodes.append(data)  # noqa: E731
@@ -2817,6 +2879,10 @@ def evaluate_run(args):
     seed_everything(args, device)
     model, state = load_agent(args.evaluate, device)
     starts, spaces = tuple(x.to(device) for x in state["starts"]), dict(observation=obs_space, action=action_space)
+    # [optional: compile
+    if args.compile:
+        compile_world(model, device)
+    # compile]
     if args.tau_table:
         return tau_table(args, model, starts, spaces, limit)
     real, n, theta = reporting(args), args.eval_episodes, model.controller.theta.cpu().numpy()

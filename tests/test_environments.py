@@ -358,7 +358,7 @@ def test_diamond_environment_family(case, tmp_path, monkeypatch):
 # ha2018_carracing.py: both experiments of the paper with their full networks and real environments, few and short
 # episodes and updates; and other families with small networks, which learn in the dream.
 HA2018_SHORT = (
-    "--no-cuda --no-compile --num-threads 1 --log-every 1 --generations 2 --popsize 2 --rollouts 1 --eval-every 1 "
+    "--no-cuda --no-compile --num-threads 1 --log-every 1 --generations 2 --popsize 4 --rollouts 1 --eval-every 1 "
     "--eval-rollouts 2 --eval-episodes 1 --save-generations 1"
 )
 HA2018_SMALL = (

@@ -124,7 +124,7 @@ OWN = [
         "collect-episodes", "num-workers", "vae-batch-size", "rnn-batch-size", "latent-size", "rollouts", "generations",
         "eval-every", "save-generations", "buffer-size", "iterations",
     )),
-    ("6-popsize", ["--popsize", "1"], ["--popsize must be at least 2, got 1"]),
+    ("6-popsize", ["--popsize", "3"], ["--popsize must be at least 4, got 3"]),
     ("6-length", ["--rnn-batch-length", "1"], ["--rnn-batch-length must be at least 2, got 1"]),
     ("8-lr", ["--vae-learning-rate", "nan"], ["--vae-learning-rate must be", "got nan"]),
     ("8-lr-rnn", ["--rnn-learning-rate", "-1"], ["--rnn-learning-rate must be", "got -1"]),

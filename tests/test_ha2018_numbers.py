@@ -642,7 +642,7 @@ def test_features_and_actions():
 # ---- Dreams ----------------------------------------------------------------------------------------------------------
 
 
-def dream_world(spread=4.0, bias=-2.0, **overrides):
+def dream_world(spread=10.0, bias=-2.0, **overrides):
     """A world whose dreams end at many different times."""
     model = tiny(1.5, **overrides)
     with torch.no_grad():
@@ -691,7 +691,7 @@ def test_dream_rollout_against_loops(overrides):
     model, starts, theta = dream_world(**overrides)
     slow, length = slow_dreams(theta, model, starts, 6, 1.15, 47, 3)
     assert 1 <= slow.min() < 10 and slow.max() == 47 and len(np.unique(slow)) > 4
-    assert (length > w.CHUNK).mean() < 0.7  # so the dead were left out of the batch for a while
+    assert (length > w.CHUNK).mean() < 0.75  # so the dead were left out of the batch for a while
     out = w.dream_rollout(theta, model, starts, 6, 1.15, 47, torch.Generator().manual_seed(3))
     assert out.shape == (5, 6) and out.tolist() == slow.tolist()
 
@@ -1320,7 +1320,7 @@ def test_exploration_belongs_to_the_episode():
     def explored(e, seed, explore=1.0):
         policy = w.AgentPlay(model, theta, 1, explore)
         policy.begin(0, e, seed)
-        policy.draw(0)
+        policy.places(np.zeros(1, int))
         return policy.random[0].copy()
 
     some = [np.isfinite(explored(i, (1, 5, i))).all() for i in range(8)]
@@ -1367,7 +1367,8 @@ def test_random_agents_against_one_at_a_time():
         out, _ = policy.act(0, np.arange(3), acting, frames, np.full(3, t == 0))
         for a, i in zip(out, rows):
             with torch.no_grad():
-                z = agents[i].encode(torch.from_numpy(frames[i : i + 1]))[0][0].double().numpy()
+                mu, logvar = (x[0].double().numpy() for x in agents[i].encode(torch.from_numpy(frames[i : i + 1])))
+            z = mu + np.exp(logvar / 2) * policy.noise[i, policy.t[i] - 1]
             theta = numbers(agents[i].controller.theta)
             expected = np.tanh(theta[:2] + np.concatenate([z, h[i]]) @ theta[2:].reshape(-1, 2))
             close(a, expected)

@@ -37,6 +37,11 @@ RUNS = {
     # seeds 1 to 4: training (all episodes after the first updates) 1.7, 2.6, 2.2, 0.9; final evaluation of 100 episodes
     # 2.8, 2.5, 2.1, 2.7; random 0.3 to 0.4
     "diamond-minatar": ("diamond", ["--preset", "cpu"], 0.5, 1.2, 1.0),
+    # seeds 1 to 4: CARNUMBERS
+    "ha2018-car": ("ha2018_carracing", ["--preset", "cpu"], None, 120.0, 30.0),
+    # steps that CartPole stands, C has never been in the real environment while it was evolved; seeds 1 to 4:
+    # DREAMNUMBERS
+    "ha2018-dream": ("ha2018_carracing", ["--preset", "cpu_dream"], None, 60.0, 40.0),
 }
 VIDEOS = {"muzero-cartpole": ["foresight-10000.gif", "foresight-5008.gif"], "muzero-tictactoe": []}
 
@@ -160,6 +165,35 @@ def test_iris_foresees_what_moves(runs, acting):
     assert errors["token_accuracy"] > 0.5 + 0.5 * errors["copy_token_accuracy"], errors
     assert errors["open_loop_mse"] < 0.3 * errors["copy_last_mse"], errors
     assert errors["open_loop_reward_accuracy"] > 0.9 > 6 / 7, errors
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("name", ["ha2018-car", "ha2018-dream"])
+def test_ha2018_models_the_world(runs, name):
+    """V and M on fresh episodes, half of them random play, half C's: reconstruction against the mean frame; nats per
+    dimension of the next z against a Gaussian around the last z, one around the mean of all, and M told the actions of
+    another episode. VMNUMBERS"""
+    code, output, run = runs[name]
+    assert code == 0, output[-3000:]
+    errors = json.loads((run / "result.json").read_text())["prediction_errors"]
+    print({k: round(v, 4) for k, v in errors.items()})
+    assert errors["posterior_mse"] < 0.5 * errors["mean_frame_mse"]
+    assert errors["rnn_nll"] < errors["copy_nll"] - 0.1 and errors["rnn_nll"] < errors["constant_nll"] - 0.1
+    assert errors["rnn_nll"] < errors["wrong_action_nll"] - 0.03
+
+
+@pytest.mark.learning
+def test_ha2018_dreams_that_are_too_sure_do_not_transfer(runs):
+    """Table 2 in small: in the dream of one run a C is evolved at each temperature. Without noise (0.1) it learns to
+    live in M's mistakes: the dream is a paradise, the real environment is not. TAUNUMBERS"""
+    code, output, run = runs["ha2018-dream"]
+    assert code == 0, output[-3000:]
+    flags = "--tau-table --temperatures 0.1,1.0 --generations 20 --no-cuda".split()
+    command = [sys.executable, str(ROOT / "ha2018_carracing.py"), "--evaluate", str(run), *flags]
+    done = subprocess.run(command, cwd=run, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((run / "eval-temperatures.json").read_text())["rows"]
+    print(rows)
 
 
 @pytest.mark.learning

@@ -273,8 +273,8 @@ PRESETS = {
 # A laptop, learning inside the dream: CartPole from pixels. Its velocities are in no frame, so M has to find them.
 PRESETS["cpu_dream"] = PRESETS["cpu"] | dict(
     env_id="SmallCartPole-v0", action_repeat=1, max_episode_steps=200, num_envs=64, collect_episodes=400,
-    collect_policy="hold", vae_epochs=6, rnn_epochs=80, rnn_batch_length=20, dream=True, predict_done=True,
-    controller_input="zch", sample_latent=True, iterations=2, generations=40, popsize=32, rollouts=16, eval_every=10,
+    collect_policy="hold", vae_epochs=12, rnn_epochs=100, rnn_batch_length=20, dream=True, predict_done=True,
+    controller_input="zch", sample_latent=True, generations=40, popsize=32, rollouts=16, eval_every=10,
     eval_rollouts=64, eval_episodes=50, temperature=1.0,
 )
 # Allowed values, both ends included; checked before anything is created. Fields that are None are skipped.

@@ -269,14 +269,14 @@ PRESETS = {
         dataset="games", arch="vit_small", image_size=128, patch_size=8, epochs=100.0, batch_size=512,
         warmup_epochs=5.0, canvas=160, probe_images=4_000, eval_images=2_000, report_every=500,
     ),
-    # A laptop: 20,000 views of 1,297 real digits, 201 thousand parameters.
+    # A laptop: 20,000 views of 1,297 real digits, 203 thousand parameters.
     "cpu": dict(
         dataset="digits", image_size=24, patch_size=4, embed_dim=64, depth=4, num_heads=4, pred_dim=64, pred_depth=2,
         patch_init=0.14, crop_scale="1,1", crop_ratio="1,1", min_keep=3, mask_corners="inclusive",
         mask_truncate="random", mask_group=64, batch_size=64, total_steps=1_000, learning_rate=4e-4,
-        predictor_lr=2e-3, start_lr=4e-5, final_lr=4e-5, warmup_epochs=0.16, weight_decay=0.05, final_weight_decay=0.05, ema=0.996, final_ema=0.996,
-        probe_images=4_000, eval_images=3_000, knn_k=10, num_workers=0, num_threads=1, compile=False, save_every=250,
-        report_every=250, log_every=25,
+        predictor_lr=2e-3, start_lr=4e-5, final_lr=4e-5, warmup_epochs=0.16, weight_decay=0.05,
+        final_weight_decay=0.05, ema=0.996, final_ema=0.996, probe_images=4_000, eval_images=3_000, knn_k=10,
+        num_workers=0, num_threads=1, compile=False, save_every=250, report_every=250, log_every=25,
     ),
 }
 # Atari frames on a laptop.
@@ -465,41 +465,37 @@ def sample_sizes(cfg, rng):
 def sample_masks(B, cfg, rng, sizes=None):
     """Multi-block masks of one group of B images (section 3, figure 4): context indices (B, K) and M target blocks
     [(B, P), ...], ascending. No loop over images."""
-    G, M, ends = cfg.grid, cfg.num_targets, cfg.corners == "inclusive"
+    G, N, M, ends = cfg.grid, cfg.grid**2, cfg.num_targets, cfg.corners == "inclusive"
     (h, w), (ch, cw) = sizes or sample_sizes(cfg, rng)
     # NOTE: as released, the upper end of a corner is exclusive: the last row and column are never in a block, and a
     # context block of G - 1 always lies in the upper left. `inclusive` repairs that.
-    corner = lambda shape, room: torch.randint(0, room + ends, shape, generator=rng)  # noqa: E731
+    corner = lambda shape, room: torch.randint(0, room + ends, shape, generator=rng).numpy()  # noqa: E731
+    block = lambda rows, columns: (np.arange(rows)[:, None] * G + np.arange(columns)).ravel()  # noqa: E731
     top, left = corner((B, M), G - h), corner((B, M), G - w)
-    patch = (torch.arange(h)[:, None] * G + torch.arange(w)).flatten()  # (P,)
-    targets = ((top * G + left)[..., None] + patch).transpose(0, 1)  # (M, B, P)
-    inside = (torch.arange(ch)[:, None] * G + torch.arange(cw)).flatten()  # patches of the context block
-    rows = torch.arange(B)[:, None]
+    targets = (top * G + left)[..., None] + block(h, w)  # (B, M, P)
+    image, inside = np.arange(B)[:, None] * N, block(ch, cw)  # where each image begins if all lie in one row
 
     def contexts(forbidden):
         """Context masks (B, N) with new corners, without the first `forbidden` target blocks."""
-        mask = torch.zeros(B, G * G, dtype=torch.bool)
-        mask[rows, (corner((B,), G - ch) * G + corner((B,), G - cw))[:, None] + inside] = True
-        if forbidden:
-            mask[rows, targets[:forbidden].transpose(0, 1).flatten(1)] = False
-        return mask
+        mask = np.zeros(B * N, bool)
+        mask[(corner((B, 1), G - ch) * G + corner((B, 1), G - cw)) + inside + image] = True
+        mask[targets[:, :forbidden].reshape(B, -1) + image] = False
+        return mask.reshape(B, N)
 
     forbidden, tries = 0 if cfg.allow_overlap else M, 0
     mask = contexts(forbidden)
     count = mask.sum(1)
-    while (count <= cfg.min_keep).any() and tries < 20 * (M + 1):
-        tries += 1
-        # Too little is left: another corner, and after 20 of them one target block less is taken out.
-        again = contexts(max(0, forbidden - tries // 20))
-        mask = torch.where((count <= cfg.min_keep)[:, None], again, mask)
+    while (few := count <= cfg.min_keep).any() and tries < 20 * (M + 1):
+        tries += 1  # another corner, and after 20 of them one target block less is taken out
+        mask[few] = contexts(max(0, forbidden - tries // 20))[few]
         count = mask.sum(1)
-    K = int(count.min())
+    K, tgts = int(count.min()), [torch.from_numpy(np.ascontiguousarray(targets[:, m])) for m in range(M)]
     if cfg.truncate == "random":  # the K largest of random numbers: a subset without a preference
-        keep = torch.rand(B, G * G, generator=rng).masked_fill_(~mask, -1.0).topk(K, sorted=False).indices
-        return keep.sort(1).values, list(targets.unbind())
+        keys = torch.rand(B, N, generator=rng).masked_fill_(torch.from_numpy(~mask), -1.0)
+        return torch.from_numpy(np.sort(keys.topk(K, sorted=False).indices.numpy(), 1)), tgts
     # NOTE: as released, the first K in raster order: the bottom of the image is rarely seen.
-    found, first = mask.nonzero()[:, 1], count.cumsum(0) - count
-    return found[first[:, None] + torch.arange(K)], list(targets.unbind())
+    found, first = np.flatnonzero(mask), np.cumsum(count) - count
+    return torch.from_numpy(found[first[:, None] + np.arange(K)] - image), tgts
 
 
 class MaskCollator:
@@ -841,8 +837,10 @@ class JepaLearner:
                     raw = self.model.target_encoder(x)  # (group, N, D)
                     h = feature_norm(raw)
                 pooled.append(raw.float().mean(1))
-                variance = h.var(0).mean()  # of a feature of a patch, over images: the earliest alarm of a collapse
-                sums["target_variance"] = sums.get("target_variance", 0) + variance / len(masks)
+                # The earliest alarms of a collapse: over images and patches, and over images (the part that positions
+                # do not explain).
+                for k, v in (("target_variance", h.flatten(0, 1)), ("image_variance", h)):
+                    sums[k] = sums.get(k, 0) + v.var(0).mean() / len(masks)
             for i in range(0, len(x), self.micro):
                 part = slice(i, i + self.micro)
                 last = g == len(masks) - 1 and i + self.micro >= len(x)
@@ -1310,7 +1308,7 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k=20):
     return hits / len(test_y)
 
 
-def linear_probe(train_x, train_y, test_x, test_y, strengths=(1e-5, 1e-4, 1e-3, 1e-2)):
+def linear_probe(train_x, train_y, test_x, test_y, strengths=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1)):
     """Accuracy of logistic regression on whitened features (n, D). The L2 penalty is chosen on a fifth of the training
     features, never on the test features."""
     mean = train_x.mean(0)
@@ -1370,14 +1368,16 @@ def embed(encoder, source, most, args, device):
     n = sum(len(x) for x in last)
     mean, square = sums / n
     found = dict(last=torch.cat(last), last4=torch.cat(last4), labels=torch.cat(labels) if labels else None)
-    return found | dict(images=torch.cat(images), target_variance=float((square - mean**2).mean()))
+    found |= dict(image_variance=float((square - mean**2).mean()))  # of a patch, over images
+    found |= dict(target_variance=float((square.mean(0) - mean.mean(0) ** 2).mean()))  # over images and patches
+    return found | dict(images=torch.cat(images))
 
 
 def evaluate_encoder(encoder, train, val, args, device, linear=True):
     """How good the frozen representation is, on held-out images: a dict of numbers, and the features."""
     a = embed(encoder, train, args.probe_images, args, device)
     b = embed(encoder, val, args.eval_images, args, device)
-    found = collapse_metrics(b["last"]) | dict(target_variance=b["target_variance"])
+    found = collapse_metrics(b["last"]) | {k: b[k] for k in ("target_variance", "image_variance")}
     if b["labels"] is not None and a["labels"] is not None:
         for name, key in (("", "last"), ("_last4", "last4")):
             data = a[key], a["labels"], b[key], b["labels"]

@@ -473,12 +473,13 @@ def sample_masks(B, cfg, rng, sizes=None):
     block = lambda rows, columns: (np.arange(rows)[:, None] * G + np.arange(columns)).ravel()  # noqa: E731
     top, left = corner((B, M), G - h), corner((B, M), G - w)
     targets = (top * G + left)[..., None] + block(h, w)  # (B, M, P)
-    image, inside = np.arange(B)[:, None] * N, block(ch, cw)  # where each image begins if all lie in one row
+    image, line = np.arange(B)[:, None] * N, np.arange(G)  # where each image begins if all lie in one row
 
     def contexts(forbidden):
         """Context masks (B, N) with new corners, without the first `forbidden` target blocks."""
-        mask = np.zeros(B * N, bool)
-        mask[(corner((B, 1), G - ch) * G + corner((B, 1), G - cw)) + inside + image] = True
+        row, column = line - corner((B, 1), G - ch), line - corner((B, 1), G - cw)  # (B, G) within the block
+        row, column = (row >= 0) & (row < ch), (column >= 0) & (column < cw)
+        mask = (row[:, :, None] & column[:, None]).reshape(-1)
         mask[targets[:, :forbidden].reshape(B, -1) + image] = False
         return mask.reshape(B, N)
 

@@ -840,8 +840,10 @@ class JepaLearner:
                 pooled.append(raw.float().mean(1))
                 # The earliest alarms of a collapse: over images and patches, and over images (the part that positions
                 # do not explain).
-                for k, v in (("target_variance", h.flatten(0, 1)), ("image_variance", h)):
-                    sums[k] = sums.get(k, 0) + v.var(0).mean() / len(masks)
+                variance, mean = torch.var_mean(h, 0)  # (N, D)
+                variance, between = variance.mean(), mean.var(0).mean()
+                for k, v in (("target_variance", variance + between), ("image_variance", variance)):
+                    sums[k] = sums.get(k, 0) + v / len(masks)
             for i in range(0, len(x), self.micro):
                 part = slice(i, i + self.micro)
                 last = g == len(masks) - 1 and i + self.micro >= len(x)

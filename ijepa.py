@@ -1315,8 +1315,13 @@ def linear_probe(train_x, train_y, test_x, test_y, strengths=(1e-5, 1e-4, 1e-3, 
     """Accuracy of logistic regression on whitened features (n, D). The L2 penalty is chosen on a fifth of the training
     features, never on the test features."""
     mean = train_x.mean(0)
-    values, vectors = torch.linalg.eigh((train_x - mean).double().T @ (train_x - mean).double() / len(train_x))
-    white = (vectors / (values.clamp(min=0) + 1e-7 * values[-1] + 1e-30).sqrt()).float()
+    x = (train_x - mean).double()
+    if len(x) > x.shape[1]:
+        values, vectors = torch.linalg.eigh(x.T @ x)
+    else:  # no more directions than images
+        vectors, values, _ = torch.linalg.svd(x.T, full_matrices=False)
+        values = values**2
+    white = (vectors / ((values.clamp(min=0) + 1e-7 * values.max()) / len(x) + 1e-30).sqrt()).float()
     train_x, test_x = (train_x - mean) @ white, (test_x - mean) @ white
     classes, cut = int(max(train_y.max(), test_y.max())) + 1, max(1, len(train_x) // 5)
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
@@ -1810,6 +1815,7 @@ class Logger:  # shared
         # [optional: track
         if self.tracker:
             self.tracker.finish()
+        # track]
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------

@@ -126,7 +126,8 @@ def read_run(run, result, curves):
     """One run's numbers, as the run wrote them."""
     start, job = read_json(run / "args.json"), read_json(run.parent.parent / "job.json") or {}
     row = {k: start.get(k) for k in ("commit", "hardware", "versions")}
-    row |= {"env_id": start["args"].get("env_id"), "seed": start["args"].get("seed")}
+    task = start["args"].get("env_id") or start["args"].get("dataset")
+    row |= {"env_id": task, "seed": start["args"].get("seed")}
     words = list(start.get("command") or [run.name])
     if "--resume" in words:  # the last start's; what defines the run was said at the first one
         first = job.get("command") or [f"{start['script']}.py", "--preset", start["args"]["preset"]]

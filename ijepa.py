@@ -580,7 +580,7 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
-def init_weights(model, patch_init=0.02, depth_rescale=False):
+def init_vit(model, patch_init=0.02, depth_rescale=False):
     """The released training's effective init: N(0, 0.02), also the patch embedding; biases 0, norms 1 and 0."""
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -621,7 +621,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = positions(embed_dim, self.grid)  # (1, N, D)
         self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        init_weights(self)
+        init_vit(self)
 
     def embed(self, x, mask=None):
         """Images -> tokens with positions: (B, N, D), or (B, K, D) of the patches in mask (B, K)."""
@@ -663,7 +663,7 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(blocks)
         self.predictor_norm = nn.LayerNorm(predictor_embed_dim, eps=1e-6)
         self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim)
-        init_weights(self)
+        init_vit(self)
 
     def forward(self, z, ctx, tgts):
         """z (B, K, D) of the patches ctx (B, K); tgts M x (B, P) -> (M * B, P, D)."""
@@ -698,7 +698,7 @@ class IJepa(nn.Module):
             config.get("recompute", False),
         )
         for part in (self.encoder, self.predictor):
-            init_weights(part, config.get("patch_init", 0.02), config.get("depth_rescale", False))
+            init_vit(part, config.get("patch_init", 0.02), config.get("depth_rescale", False))
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
 
@@ -734,7 +734,7 @@ def count_params(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def network_config(args, channels):
+def jepa_config(args, channels):
     """Sizes of the networks: the arch's, where flags do not say otherwise."""
     dim, depth, heads, ratio, pred_depth = ARCHS[args.arch]
     config = dict(embed_dim=args.embed_dim or dim, depth=args.depth or depth, num_heads=args.num_heads or heads)
@@ -1849,7 +1849,7 @@ def check_args(args, world=1):
         except (ValueError, AssertionError):
             flag = "--" + name.replace("_", "-")
             fail(f"{flag} must be two numbers LOW,HIGH in ({least}, {most}], got {getattr(args, name)!r}")
-    config, size, patch = network_config(args, 3), args.image_size, args.patch_size
+    config, size, patch = jepa_config(args, 3), args.image_size, args.patch_size
     heads, share = config["num_heads"], args.batch_size // world
     group = min(args.mask_group, max(1, share))
     micro = min(args.micro_batch or group, group)
@@ -1933,7 +1933,7 @@ def evaluate_run(args):
     data or on another --dataset. Writes only RUN/eval-*."""
     check_args(args)
     state = load_checkpoint(args.evaluate, "ijepa")
-    for name, value in network_config(args, state["config"]["channels"]).items():
+    for name, value in jepa_config(args, state["config"]["channels"]).items():
         if name not in ("recompute", "patch_init", "depth_rescale") and value != state["config"][name]:
             flag = "--" + name.replace("_", "-")
             fail(f"{flag} is {state['config'][name]} in {args.evaluate}, got {value}: a trained model cannot change it")
@@ -2011,7 +2011,7 @@ def train(args):
     # ddp]
     device = device or choose_device(args)
     seed_everything(args, device)
-    config = network_config(args, channels_of(train_set))
+    config = jepa_config(args, channels_of(train_set))
     with torch.device(device):
         model = IJepa(config)
     official = official_weights(args.init_from, model) if args.init_from and not state else {}

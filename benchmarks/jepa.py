@@ -252,7 +252,7 @@ def measure_step(name, device, seconds):
     args = ijepa.Args(**ijepa.PRESETS[preset] | given | dict(compile=False, bf16=False, num_threads=1))
     ijepa.seed_everything(args, device)
     channels = 1 if args.dataset == "digits" else 3
-    config = ijepa.network_config(args, channels)
+    config = ijepa.jepa_config(args, channels)
     model = ijepa.IJepa(config).to(device)
     parts = {k: getattr(model, k).state_dict() for k in ("encoder", "predictor")}
     plain = PlainTrainer(config, copy.deepcopy(parts)).to(device)

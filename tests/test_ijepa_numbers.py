@@ -50,7 +50,7 @@ def seeded():
 
 def small(classes=0, **changes):
     args = Args(**SMALL | changes)
-    model = IJepa(ijepa.network_config(args, 3))
+    model = IJepa(ijepa.jepa_config(args, 3))
     return args, model, JepaLearner(model, args, CPU, total=100, ipe=10, classes=classes)
 
 
@@ -308,7 +308,7 @@ COUNTS = {
 def test_parameter_counts_of_the_released_networks(arch, size, patch, depth):
     args = Args(arch=arch, image_size=size, patch_size=patch, pred_depth=depth)
     with torch.device("meta"):
-        model = IJepa(ijepa.network_config(args, 3))
+        model = IJepa(ijepa.jepa_config(args, 3))
     learn = lambda m: sum(p.numel() for p in m.parameters() if p.requires_grad)  # noqa: E731
     found = count_params(model.encoder), learn(model.encoder), count_params(model.predictor), learn(model.predictor)
     assert found == COUNTS[arch, size, patch, depth]
@@ -369,7 +369,7 @@ def test_the_last_block_may_leave_out_what_nobody_reads():
 
 def test_initial_weights():
     """Effective init of the released training: 0.02 in every layer; what the classes mean to do as a flag."""
-    config = ijepa.network_config(Args(arch="vit_tiny", pred_dim=192), 3)
+    config = ijepa.jepa_config(Args(arch="vit_tiny", pred_dim=192), 3)
     net = IJepa(config)
     for part in (net.encoder, net.predictor):
         for name, p in part.named_parameters():
@@ -399,7 +399,7 @@ def test_update_is_the_plain_update():
         learning_rate=1e-4, start_lr=1e-4, final_lr=1e-4, final_weight_decay=0.04, final_ema=0.996
     )
     parts = {k: copy.deepcopy(getattr(model, k).state_dict()) for k in ("encoder", "predictor")}
-    trainer = plain.PlainTrainer(ijepa.network_config(args, 3), parts)
+    trainer = plain.PlainTrainer(ijepa.jepa_config(args, 3), parts)
     before = copy.deepcopy(model.predictor.mask_token.data)
     for step in (1, 2):
         images, masks = batch_of(args, step)
@@ -541,7 +541,7 @@ def official_file(path, config, prefix="module."):
 @pytest.mark.parametrize("prefix", ["module.", ""])
 def test_official_weights_load(tmp_path, prefix):
     args, model, _ = small()
-    config = ijepa.network_config(args, 3)
+    config = ijepa.jepa_config(args, 3)
     made = official_file(tmp_path / "official.pth.tar", config, prefix)
     for name, weights in ijepa.official_weights(str(tmp_path / "official.pth.tar"), model).items():
         getattr(model, name).load_state_dict(weights)
@@ -556,7 +556,7 @@ def test_official_weights_load(tmp_path, prefix):
 
 def test_official_weights_at_another_resolution(tmp_path):
     args, model, _ = small(image_size=48)
-    official_file(tmp_path / "a.pt", ijepa.network_config(Args(**SMALL), 3))
+    official_file(tmp_path / "a.pt", ijepa.jepa_config(Args(**SMALL), 3))
     found = ijepa.official_weights(str(tmp_path / "a.pt"), model)
     assert torch.equal(found["encoder"]["pos_embed"][0], ijepa.get_2d_sincos_pos_embed(16, 12))
 
@@ -572,8 +572,8 @@ def test_official_weights_that_do_not_fit(tmp_path, capsys, what, words):
     elif what == "other":
         torch.save({"model": {}}, path)
     elif what != "missing":
-        official_file(path, ijepa.network_config(args, 3))
-    config = ijepa.network_config(args, 3) | (dict(depth=1) if what == "depth" else {})
+        official_file(path, ijepa.jepa_config(args, 3))
+    config = ijepa.jepa_config(args, 3) | (dict(depth=1) if what == "depth" else {})
     model = IJepa(config | (dict(embed_dim=32) if what == "size" else {}))
     with pytest.raises(SystemExit) as stopped:
         ijepa.official_weights(str(path), model)

@@ -11,7 +11,8 @@ The peers are written here, plainly, after what facebookresearch/ijepa does; the
     all tokens through every predictor block, the loss and the gradient norm of every weight read each step, a moving
     average tensor by tensor, AdamW with its defaults.
 
-Both steps get the same weights, images and masks, and their first losses are compared. Columns are medians of CPU time
+Both steps get the same weights, images and masks, and their first losses are compared; "with masks" is the ratio when
+each also draws its masks, as one thread has to. Columns are medians of CPU time
 with one thread, measured in turns, which other processes do not lengthen; on a GPU wall time between synchronisations.
 """
 
@@ -233,13 +234,14 @@ def in_turns(functions, seconds, now, least=3):
     return [float(np.median(t[1:])) for t in times]
 
 
-def measure_masks(seconds, images=128):
-    """CPU seconds per set of masks at 224/16: (ours, the slow one)."""
+def measure_masks(seconds, images=128, cfg=None):
+    """CPU seconds per set of masks (default: at 224/16): (ours, the slow one)."""
     import ijepa
 
-    cfg, a, b = ijepa.MaskConfig(), torch.Generator().manual_seed(0), np.random.default_rng(0)
+    cfg, a, b = cfg or ijepa.MaskConfig(), torch.Generator().manual_seed(0), np.random.default_rng(0)
     fast = lambda: [ijepa.sample_masks(images, cfg, a) for _ in range(50)]  # noqa: E731
-    ours, slow = in_turns([fast, lambda: slow_masks(images, cfg.grid, b)], seconds, time.process_time)
+    slowly = lambda: slow_masks(images, cfg.grid, b, min_keep=cfg.min_keep)  # noqa: E731
+    ours, slow = in_turns([fast, slowly], seconds, time.process_time)
     return ours / 50, slow
 
 
@@ -279,18 +281,19 @@ def measure_step(name, device, seconds):
     mine = float(ours()["prediction"])
     theirs()
     fast, slow = in_turns([ours, theirs], seconds, clock_of(device))
-    return dict(
-        size=name, images=args.batch_size, ours=fast, plain=slow, ratio=slow / fast, error=abs(mine - first) / first
-    )
+    row = dict(size=name, images=args.batch_size, ours=fast, plain=slow, ratio=slow / fast)
+    a, b = measure_masks(seconds / 4, args.batch_size, cfg)
+    return row | dict(with_masks=(slow + b) / (fast + a), error=abs(mine - first) / first)
 
 
-HEAD = ["what", "images", "ijepa.py, ms", "plain, ms", "ratio", "difference of the first losses"]
+HEAD = ["what", "images", "ijepa.py, ms", "plain, ms", "ratio", "with masks", "difference of the first losses"]
 
 
 def cells(row):
     error = f"{row['error']:.0e}" if "error" in row else "-"
     numbers = [f"{1e3 * row['ours']:.3g}", f"{1e3 * row['plain']:.4g}", f"{row['ratio']:.2f}"]
-    return [row["size"], str(row["images"]), *numbers, error]
+    masks = f"{row['with_masks']:.2f}" if "with_masks" in row else "-"
+    return [row["size"], str(row["images"]), *numbers, masks, error]
 
 
 def main():

@@ -1235,15 +1235,16 @@ def in_memory(source, args, device):
         fail(
             f"--cache needs {need / 1e9:.1f} GB, {free_memory(device) / 1e9:.1f} GB free: lower --canvas, or no --cache"
         )
-    images, sizes, start, done = [], [], time.time(), 0
-    for x, _, size in source.batches(list(torch.arange(len(source)).split(256)), args.num_workers):
-        images.append(x.to(device))
+    images = torch.empty(len(source), 3, source.canvas, source.canvas, dtype=torch.uint8, device=device)
+    sizes, start, done = [], time.time(), 0
+    for x, _, size in source.batches(some(len(source), len(source)), args.num_workers):
+        images[done : done + len(x)] = x.to(device)
         sizes.append(size)
         done += len(x)
-        if len(images) % 20 == 0 or done == len(source):
+        if len(sizes) % 20 == 0 or done == len(source):
             say(f"decoded {done:,} of {len(source):,} images, {done / (time.time() - start):.0f} images/s")
     labels = None if source.labels is None else torch.tensor(source.labels, device=device)
-    return MemoryImages(torch.cat(images), labels, source.classes, source.stats, torch.cat(sizes))
+    return MemoryImages(images, labels, source.classes, source.stats, torch.cat(sizes))
 
 
 class BatchOrder:
@@ -1892,7 +1893,7 @@ def check_args(args, world=1):
         h, w = min(sizes, key=lambda s: s[0] * s[1])
         if h * w <= args.min_keep:
             where = f"on a grid of {cfg.grid} x {cfg.grid}"
-            fail(f"--min-keep {args.min_keep}: {kind} blocks can be {h} x {w} patches {where}, and need more than that")
+            fail(f"--min-keep {args.min_keep}: {kind} blocks can be {h} x {w} patches {where}, and need more: lower it")
     if args.track:
         try:
             __import__(args.track)
@@ -2124,6 +2125,12 @@ def train(args):
         ending = step >= total
         if passed(args.log_every, step, 1) or ending:
             learner.check(f"step {step}, update {step}")
+            values = torch.stack([v.float() for v in metrics.values()])
+            # [optional: ddp
+            if world > 1:  # of all images, not of this process's alone
+                dist.all_reduce(values)
+                values /= world
+            # ddp]
             if logger:
                 seconds, steps, data = (x - y for x, y in zip((time.time(), step, waited), mark))
                 mark = time.time(), step, waited
@@ -2132,7 +2139,7 @@ def train(args):
                 tags = {"images_per_s": rate, "updates_per_s": steps / max(seconds, 1e-9), "epoch": step / ipe}
                 tags |= {"learning_rate": lr, "weight_decay": decay, "momentum": momentum, "updates": step}
                 tags |= {"data_wait_seconds": data / steps, "context_patches": masks[0][0].shape[1]}
-                losses = {f"losses/{k}": float(v) for k, v in metrics.items()}
+                losses = {f"losses/{k}": v for k, v in zip(metrics, values.tolist())}
                 logger.scalars({f"charts/{k}": float(v) for k, v in tags.items()} | losses, step)
                 words = ", ".join(f"{k[7:]}={v:.4g}" for k, v in losses.items() if k != "losses/grad_norm")
                 say(f"global_step={step}, {words}, images/s={rate:.0f}")

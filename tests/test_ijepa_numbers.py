@@ -5,6 +5,7 @@ Facts are those of I-JEPA (Assran et al., CVPR 2023; arXiv:2301.08243v3) and of 
 wrong variant exists, the test also checks that the variant would give another number."""
 
 import copy
+import csv
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "benchmarks")]
+import common  # noqa: E402
 import jepa as plain  # noqa: E402
 
 import ijepa  # noqa: E402
@@ -801,7 +803,31 @@ def test_two_processes_are_one(tmp_path):
             (losses, torch.load(path / "ckpt.pt", weights_only=True), json.loads((path / "result.json").read_text()))
         )
     assert "2 processes, 4 images each" in done.stdout and len(found[0][0]) == 5
-    # a process logs the loss of its own images; weights are those of all of them
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-3) and len(set(found[0][0])) == 5
     for k, v in found[0][1]["learner"]["model"].items():
         assert torch.allclose(v, found[1][1]["learner"]["model"][k], atol=1e-5), k
     assert found[0][2]["score"] == found[1][2]["score"]
+
+
+# ---- Benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def test_benchmark_beside_the_plain_step(tmp_path):
+    """Its table; the plain step starts from the same loss."""
+    argv = ["--sizes", "cpu", "--seconds", "0", "--no-cuda", "--name", "s", "--results", str(tmp_path)]
+    command = [sys.executable, os.path.join(ROOT, "benchmarks", "jepa.py"), *argv]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    masks, step = csv.DictReader(open(tmp_path / "s.csv"))
+    assert float(masks["ratio"]) > 10 and float(step["error"]) < 1e-5 and float(step["ours"]) > 0
+    assert "step, cpu" in (tmp_path / "s.md").read_text()
+
+
+def test_scores_count_as_results(tmp_path):
+    """benchmarks/run.py and report.py take a score where there is no return."""
+    (tmp_path / "result.json").write_text(json.dumps(dict(score=0.5, random_score=0.25)))
+    (tmp_path / "args.json").write_text(json.dumps(dict(args=dict(dataset="digits", seed=3))))
+    result, problem = common.read_result(tmp_path)
+    assert (result["episodic_return"], result["random_return"], problem) == (0.5, 0.25, None)

@@ -527,9 +527,8 @@ class MaskCollator:
 
 def keyed(*key):
     """A generator whose numbers depend on the key alone: the same after --resume and on any number of processes."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    )
+    number = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    return torch.Generator().manual_seed(int(number))
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
@@ -798,16 +797,12 @@ class JepaLearner:
         # [optional: ddp
         if world > 1:
             where = [device.index] if device.type == "cuda" else None
-            self.forward = nn.parallel.DistributedDataParallel(
-                self.online, device_ids=where, gradient_as_bucket_view=True
-            )
+            options = dict(device_ids=where, gradient_as_bucket_view=True)
+            self.forward = nn.parallel.DistributedDataParallel(self.online, **options)
         # ddp]
         # NOTE: no decay for biases and norms; the mask token, which has three dimensions, does decay, as released.
-        groups = []
-        for part, peak in (
-            (model.encoder, args.learning_rate),
-            (model.predictor, args.predictor_lr or args.learning_rate),
-        ):
+        groups, predictor_lr = [], args.predictor_lr or args.learning_rate
+        for part, peak in ((model.encoder, args.learning_rate), (model.predictor, predictor_lr)):
             named = [(n, p) for n, p in part.named_parameters() if p.requires_grad]
             for decays in (True, False):
                 chosen = [p for n, p in named if (p.dim() > 1 and "bias" not in n) == decays]
@@ -852,7 +847,7 @@ class JepaLearner:
                 pooled.append(raw.float().mean(1))
                 # The earliest alarms of a collapse: over images and patches, and over images (the part that positions
                 # do not explain).
-                variance, mean = torch.var_mean(h, 0)  # (N, D)
+                variance, mean = torch.var_mean(h, 0, correction=0)  # (N, D)
                 variance, between = variance.mean(), mean.var(0).mean()
                 for k, v in (("target_variance", variance + between), ("image_variance", variance)):
                     sums[k] = sums.get(k, 0) + v / len(masks)
@@ -885,7 +880,7 @@ class JepaLearner:
 
     def update_probe(self, pooled, labels):
         """One step of the online probe on pooled target features, which cost nothing here."""
-        if self.probe is None or not pooled:
+        if self.probe is None or sum(map(len, pooled)) < 2:  # batch norm needs two
             return {}
         logits = self.probe(torch.cat(pooled))
         loss = F.cross_entropy(logits, labels)

@@ -285,8 +285,8 @@ PRESETS = {
     "cpu": dict(
         dataset="digits", image_size=24, patch_size=4, embed_dim=64, depth=4, num_heads=4, pred_dim=64, pred_depth=2,
         patch_init=0.14, crop_scale="1,1", crop_ratio="1,1", min_keep=3, mask_corners="inclusive",
-        mask_truncate="random", mask_group=64, batch_size=64, total_steps=1_000, learning_rate=4e-4,
-        predictor_lr=2e-3, start_lr=4e-5, final_lr=4e-5, warmup_epochs=0.16, weight_decay=0.05,
+        mask_truncate="random", mask_group=64, batch_size=64, total_steps=1_000, learning_rate=6e-4,
+        predictor_lr=3e-3, start_lr=6e-5, final_lr=6e-5, warmup_epochs=0.16, weight_decay=0.05,
         final_weight_decay=0.05, ema=0.996, final_ema=0.996, probe_images=4_000, eval_images=3_000, knn_k=10,
         num_workers=0, num_threads=1, compile=False, save_every=250, report_every=250, log_every=25,
     ),

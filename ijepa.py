@@ -21,19 +21,18 @@ no decoder, there are no negatives and no hand-made views: masking, stop-gradien
 
 Measured: see the README's result table; every row has its command, commit, hardware and seeds.
 
-What collapses at small scale (digits, 520 updates; variance of the target features over held-out images and patches,
-0.63 at the start, for seeds 1, 2; below 0.2 is a collapse, and the probe is then no better than a random encoder's):
-  --preset cpu: predictor 64 wide at 2e-3, patch embedding of std 0.14    0.70  0.68    healthy, as on seeds 3 to 5
-  the same, predictor at the encoder's 4e-4                               0.62  0.10
-  the same, predictor 32 wide, half the encoder's width                   0.13  0.62
-  the same, patch embedding of std 0.02: tokens are almost only position  0.06  0.04
-  predictor 32 wide, both rates 5e-4                                      0.03  0.06    each change alone is too little:
-    with the predictor at 2e-3                                            0.06  0.17
-    with a predictor 64 wide                                              0.52  0.08
-    with the patch embedding at 0.02                                      0.02    -
-  --target online: no stop-gradient, no moving average                    0.00    -     after 130 updates
+What collapses at small scale, one factor at a time (digits, 520 updates, seeds 1 and 2; variance of the target features
+over held-out images and patches, 0.63 at the start; below 0.2 the probe is no better than a random encoder's):
+  A: encoder 4e-4; predictor 2e-3, 64 wide; patch embedding of std 0.14   0.65 to 0.75 on seeds 2 to 5
+  A with the predictor at the encoder's 4e-4                              0.62  0.10
+  A with a predictor of width 32, half the encoder's                      0.13  0.62
+  A with a patch embedding of std 0.02: tokens are almost only position   0.06  0.04
+  B: both rates 5e-4; predictor 32 wide; patch embedding of std 0.14      0.03  0.06
+  B with the predictor at 2e-3                                            0.06  0.17
+  B with a predictor of width 64                                          0.52  0.08
+  A with --target online: no stop-gradient, no moving average             0.00 after 130 updates
 So there is no single cause: the predictor has to keep up with the encoder, which takes both its rate and its width, and
-tokens must show some content next to their position.
+tokens must show some content next to their position. `--preset cpu` is A with both rates half as high again.
 
 Paper [P], authors' released code [O] (facebookresearch/ijepa) and this file, where they are not all the same:
   * The targets are layer-normed without affine parameters, and the loss is the mean smooth L1, as [O]; [P] writes an

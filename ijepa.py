@@ -1222,8 +1222,15 @@ def load_data(args):
     return train, val
 
 
-def in_memory(source, args, device):
-    """Decode everything once and keep it on the device."""
+def keep(source, args, device):
+    """What is in memory goes to the device if it fits there; with --cache files are decoded once and do too."""
+    if isinstance(source, MemoryImages):
+        if source.images.numel() < 0.5 * free_memory(device):
+            source.images = source.images.to(device)
+            source.labels = None if source.labels is None else source.labels.to(device)
+        return source
+    if not args.cache:
+        return source
     need = len(source) * 3 * source.canvas**2
     if need > 0.8 * free_memory(device):
         fail(
@@ -2022,10 +2029,7 @@ def train(args):
     with torch.device(device):
         model = IJepa(config)
     official = official_weights(args.init_from, model) if args.init_from and not state else {}
-    if args.cache:
-        train_set, val_set = (
-            in_memory(s, args, device) if isinstance(s, FileImages) else s for s in (train_set, val_set)
-        )
+    train_set, val_set = (keep(s, args, device) for s in (train_set, val_set))
 
     run, logger = args.resume, None
     if not rank:

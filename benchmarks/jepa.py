@@ -36,10 +36,10 @@ sys.path.insert(0, str(ROOT))
 
 def slow_masks(B, grid, rng, scales=((0.15, 0.2), (0.85, 1.0)), aspect=(0.75, 1.5), blocks=4, min_keep=10):
     """Masks of B images as the released collator draws them: context (B, K), targets 4 x (B, P), block sizes. rng: a
-    numpy generator."""
+    torch generator, asked for one number at a time."""
     sizes = []
     for (low, high), (narrow, wide) in ((scales[0], aspect), (scales[1], (1.0, 1.0))):
-        u = rng.random()
+        u = torch.rand(1, generator=rng).item()
         keep, ratio = int(grid * grid * (low + u * (high - low))), narrow + u * (wide - narrow)
         h, w = int(round(math.sqrt(keep * ratio))), int(round(math.sqrt(keep / ratio)))
         while h >= grid:
@@ -53,7 +53,8 @@ def slow_masks(B, grid, rng, scales=((0.15, 0.2), (0.85, 1.0)), aspect=(0.75, 1.
         h, w = size
         tries, patience = 0, 20
         while True:
-            top, left = int(rng.integers(0, grid - h)), int(rng.integers(0, grid - w))
+            top = torch.randint(0, grid - h, (1,), generator=rng)
+            left = torch.randint(0, grid - w, (1,), generator=rng)
             mask = torch.zeros((grid, grid), dtype=torch.int32)
             mask[top : top + h, left : left + w] = 1
             if allowed is not None:
@@ -238,7 +239,7 @@ def measure_masks(seconds, images=128, cfg=None):
     """CPU seconds per set of masks (default: at 224/16): (ours, the slow one)."""
     import ijepa
 
-    cfg, a, b = cfg or ijepa.MaskConfig(), torch.Generator().manual_seed(0), np.random.default_rng(0)
+    cfg, a, b = cfg or ijepa.MaskConfig(), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     fast = lambda: [ijepa.sample_masks(images, cfg, a) for _ in range(50)]  # noqa: E731
     slowly = lambda: slow_masks(images, cfg.grid, b, min_keep=cfg.min_keep)  # noqa: E731
     ours, slow = in_turns([fast, slowly], seconds, time.process_time)

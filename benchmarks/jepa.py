@@ -207,9 +207,9 @@ class PlainTrainer:
 
 SIZES = {
     "cpu": dict(preset="cpu"),
-    "vit_tiny": dict(arch="vit_tiny", batch_size=16),
+    "vit_tiny": dict(arch="vit_tiny", batch_size=8),
     "vit_small": dict(arch="vit_small", batch_size=8),
-    "vit_base": dict(arch="vit_base", batch_size=4),
+    "vit_base": dict(arch="vit_base", batch_size=2),
 }
 
 

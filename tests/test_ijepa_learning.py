@@ -34,7 +34,11 @@ def results(tmp_path_factory):
 
 @pytest.mark.learning
 def test_representations_get_better_and_do_not_collapse(results):
-    """@NUMBERS@"""
+    """Trained / random encoder on seeds 1 to 4: 10 nearest neighbours 0.391 / 0.295, 0.392 / 0.304, 0.390 / 0.334,
+    0.363 / 0.294 (raw pixels: 0.85, out of reach of such pooled features); on the last four layers 0.397 /
+    0.299, 0.407 / 0.301, 0.402 / 0.329, 0.359 / 0.287; effective rank 12.3 / 6.7, 10.2 / 6.6, 11.6 / 7.2, 11.8 / 6.5;
+    variance of the targets 0.86 / 0.63, 0.73 / 0.61, 0.74 / 0.55, 0.68 / 0.63, over images alone 0.37 / 0.35, 0.33 /
+    0.33, 0.33 / 0.29, 0.33 / 0.35. A fifth seed gained less: 0.358 / 0.313 and 0.369 / 0.318."""
     result, output, run = results["ijepa"]
     found, random = result["metrics"], result["random"]
     print({k: (round(found[k], 3), round(random[k], 3)) for k in found})
@@ -50,7 +54,9 @@ def test_representations_get_better_and_do_not_collapse(results):
 
 @pytest.mark.learning
 def test_without_stop_gradient_and_moving_average_it_collapses(results):
-    """@COLLAPSE@"""
+    """After 130, 260 and 520 updates on seed 1: variance of the targets 0.004, 0.002, 0.002 (random encoder 0.63),
+    over images alone 0.002, 0.001, 0.000, of features 0.006, 0.003, 0.003 standard deviation (0.106), RankMe
+    1.12, 1.08, 1.07 (2.8), nearest neighbours 0.21, 0.23, 0.25 (0.295)."""
     result, output, _ = results["collapse"]
     found, random = result["metrics"], result["random"]
     print({k: (round(found[k], 3), round(random[k], 3)) for k in found})

@@ -68,6 +68,8 @@ def read_result(run):
     result = read_json(path)
     if not isinstance(result, dict):
         return None, "result.json is damaged"
+    if "score" in result:  # of a script without episodes
+        result = {"episodic_return": result["score"], "random_return": result.get("random_score")} | result
     score = result.get("episodic_return")
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
         return None, f"result.json has no finite episodic_return: {score}"

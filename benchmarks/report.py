@@ -126,7 +126,8 @@ def read_run(run, result, curves):
     """One run's numbers, as the run wrote them."""
     start, job = read_json(run / "args.json"), read_json(run.parent.parent / "job.json") or {}
     row = {k: start.get(k) for k in ("commit", "hardware", "versions")}
-    row |= {"env_id": start["args"].get("env_id"), "seed": start["args"].get("seed")}
+    task = start["args"].get("env_id") or start["args"].get("dataset")
+    row |= {"env_id": task, "seed": start["args"].get("seed")}
     words = list(start.get("command") or [run.name])
     if "--resume" in words:  # the last start's; what defines the run was said at the first one
         first = job.get("command") or [f"{start['script']}.py", "--preset", start["args"]["preset"]]
@@ -381,6 +382,10 @@ def draw_curves(axis, runs, tag, color, style, name, bins=50):
         axis.fill_between(middle, *around, color=color, alpha=0.2, linewidth=0)
 
 
+# What is drawn against steps, the last one that a run has.
+SCORES = ("eval/knn", "charts/episodic_return")
+
+
 def picture(tasks, curves, published, path):
     """NAME.png: returns against agent steps, one panel per task that has such curves; for up to four tasks the dreams'
     error too."""
@@ -392,7 +397,7 @@ def picture(tasks, curves, published, path):
     agents = list(dict.fromkeys(a for t in tasks.values() for a in t))
     colors = {a: f"C{i % 10}" for i, a in enumerate(agents)}
     by = {key: seen for key, (_, seen) in curves.items()}
-    drawn = {task for (task, *_), seen in by.items() if "charts/episodic_return" in seen.tags}
+    drawn = {task: tag for (task, *_), seen in by.items() for tag in SCORES if tag in seen.tags}
     tasks = {task: there for task, there in tasks.items() if task in drawn} or tasks  # not self-play
     dreams = len(tasks) <= 4 and any(f"eval/{d}" in seen.tags for seen in by.values() for d in DREAMS)
     columns = len(tasks) if dreams else min(4, len(tasks))
@@ -407,17 +412,19 @@ def picture(tasks, curves, published, path):
             runs = [by[task, agent, r["seed"]] for r in rows]
             short = "\n    ".join(textwrap.wrap(agent, 44, max_lines=2, placeholder=" ...", break_on_hyphens=False))
             name = f"{short} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-            draw_curves(top, runs, "charts/episodic_return", colors[agent], "-", name)
+            draw_curves(top, runs, drawn.get(task, SCORES[-1]), colors[agent], "-", name)
             if dreams:
                 for style, (tag, what) in zip(("-", "--", ":"), DREAMS.items()):
                     draw_curves(below, runs, f"eval/{tag}", colors[agent], style, what)
+        returns = drawn.get(task, SCORES[-1]) == SCORES[-1]
         chance = mean_of([r for rows in there.values() for r in rows], "random_return")
         if chance is not None:
-            top.axhline(chance, color="gray", linestyle=":", label="random policy")
+            top.axhline(chance, color="gray", linestyle=":", label="random policy" if returns else "random encoder")
         human = next((p["score"] for p in published if (p["task"], p["agent"]) == (task, "Human")), None)
         if human is not None:
             top.axhline(human, color="black", linestyle=":", label="human")
-        top.set(title=task, xlabel="agent steps", ylabel="episodic return")
+        top.set(title=task, xlabel="agent steps" if returns else "updates")
+        top.set(ylabel="episodic return" if returns else "accuracy of nearest neighbours")
         if dreams:
             below.set(xlabel="agent steps", ylabel="mean squared error", title="dreams about fresh episodes")
             below.set_yscale("log")

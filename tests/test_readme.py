@@ -93,7 +93,7 @@ def parse(name, argv, monkeypatch):
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(err), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             args = mod.parse_args(mod.Args, mod.PRESETS, "")
-            if not (args.resume or args.evaluate or args.play):
+            if not (args.resume or args.evaluate or getattr(args, "play", None)):
                 mod.check_ranges(args, mod.RANGES)
     except SystemExit as e:
         return None if "--help" in argv else err.getvalue() or str(e)

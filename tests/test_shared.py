@@ -43,8 +43,8 @@ def drifted(paths):
 
 
 def unmarked(paths):
-    """[(name, file)]: top-level definitions named like a shared one, but without the mark."""
-    names = {name for path in paths for name in shared(path)}
+    """[(name, file)]: top-level definitions named like a shared one, but without the mark (but for the interface)."""
+    names = {name for path in paths for name in shared(path)} - INTERFACE
     tops = {
         p: {n.name for n in ast.parse(read(p)).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} for p in paths
     }

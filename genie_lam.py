@@ -841,6 +841,9 @@ class Genie(nn.Module):
         # How often each true action was seen with each code, in the few labelled transitions.
         self.register_buffer("action_table", torch.zeros(config["num_actions"], max(1, config["actions"])))
         self.apply(init_transformers)
+        with torch.no_grad():  # begin with grey frames, unchanged ones (--lam-residual), and tokens that are all alike
+            for network in (self.tokenizer.decoder, self.lam.decoder, self.dynamics.transformer):
+                network.head.weight *= 0.1
 
 
 # Flags that shape the networks.

@@ -314,11 +314,11 @@ PRESETS = {
         env_id="MinAtar/Breakout-v1", env_kwargs='{"sticky_action_prob": 0.0, "difficulty_ramping": false}',
         pixels=True, image_size=10, total_timesteps=40_000, test_timesteps=8_000, num_envs=8, shard_steps=10_000,
         max_episode_steps=500, seq_len=5,
-        tok_patch=2, tok_layers=1, tok_dim=64, tok_heads=4, tok_codes=64, tok_code_dim=16,
+        tok_patch=2, tok_layers=1, tok_dim=64, tok_heads=4, tok_codes=64, tok_code_dim=16, tok_reset=0.2,
         num_actions=8, lam_patch=2, lam_layers=1, lam_dim=64, lam_heads=4, lam_pair_input=True, lam_shift=True,
         lam_residual=True, lam_reset=0.2, recon_scale=30.0, dyn_layers=2, dyn_dim=64, dyn_heads=4,
         maskgit_steps=8, token_temperature=0.0, temperature=0.0,
-        label_steps=200, demo_steps=5_000, policy_layers=1, policy_dim=64, policy_updates=200,
+        label_steps=200, demo_steps=5_000, policy_layers=1, policy_dim=64, policy_updates=300,
         tok_updates=320, tok_batch_size=32, tok_learning_rate=3e-3, tok_warmup=50, tok_lr_floor=0.1,
         lam_updates=600, dyn_updates=700, batch_size=32, learning_rate=2e-3, lam_learning_rate=3e-3, warmup_updates=50,
         compile=False, num_threads=1, log_every=50, save_every=200, report_every=0, eval_episodes=20,
@@ -1176,16 +1176,11 @@ def film(envs, policy, steps, stop=None, first_step=0, each=None):
 
 
 def breakout_player(env, obs, rng):
-    """MinAtar Breakout: be where the ball comes down."""
+    """MinAtar Breakout: stay below the ball. One action in ten is random, so that others can learn what to do then."""
     game = env.unwrapped.game.env
-    x, y, step = game.ball_x, game.ball_y, 1 if game.ball_dir in (1, 2) else -1
-    falling = game.ball_dir in (2, 3)
-    if not falling:
-        target = x
-    else:
-        target = x + step * (9 - y)
-        target = -target - 1 if target < 0 else 19 - target if target > 9 else target  # off a wall
-    return int(1 if target < game.pos else 2 if target > game.pos else 0)
+    target = int(np.clip(game.ball_x + (1 if game.ball_dir in (1, 2) else -1), 0, 9))  # where it will be
+    action = 1 if target < game.pos else 2 if target > game.pos else 0
+    return int(rng.integers(3)) if rng.random() < 0.1 else action
 
 
 def scripted_policy(name, envs, seed):

@@ -941,9 +941,9 @@ class GenieLearner:
             p: torch.optim.AdamW(w, capturable=device.type == "cuda", **options) for p, w in self.own.items() if w
         }
         self.bad, self.names = {}, {}  # per part: which terms were not finite; set once, on the device
-        # Average share of use of each code, for resets. NOTE: at first none is in use, so that the first update puts the
-        # codebook on data. From random codes the cpu preset's tokenizer does not leave its plateau: 18.3 dB and 9 words
-        # in use after 240 updates, against 23.2 dB and 40 words.
+        # Average share of use of each code, for resets. NOTE: at first none is in use, so that the first update puts
+        # the codebook on data. From random codes the cpu preset's tokenizer does not leave its plateau: 18.3 dB and 9
+        # words in use after 240 updates, against 23.2 dB and 40 words.
         self.usage = {p: torch.zeros(len(m.codebook), device=device)
                       for p, m in (("tokenizer", model.tokenizer), ("lam", model.lam))}  # fmt: skip
         if device.type == "cuda":

@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures of test_faults.py are imported, and arguments)
 """Bad inputs and faults of genie_lam.py. It records first and then trains in stages, so that steps and updates do not
 alternate as in the other scripts: rows of test_faults.py that fit are taken from there, the others have their own form
 here."""
@@ -95,8 +96,8 @@ GENIE = dict(
     pictures=[],
     other="ALE/Breakout-v5",
     chatty="--tok-updates 300 --lam-updates 1 --dyn-updates 1 --policy-updates 1 --save-every 10000",
-    flags="action-cond action-dim action-repeat batch-size beta1 beta2 bf16 buffer-size capture-video clean-past compile "
-    "cuda dataset demo-steps demonstrator dyn-dim dyn-head-dim dyn-heads dyn-layers dyn-updates env-id env-kwargs "
+    flags="action-cond action-dim action-repeat batch-size beta1 beta2 bf16 buffer-size capture-video clean-past "
+    "compile cuda dataset demo-steps demonstrator dyn-dim dyn-head-dim dyn-heads dyn-layers dyn-updates env-id env-kwargs "
     "eval-clips eval-episodes evaluate exp-name ffn-mult full-action-space grayscale image-size image-width "
     "label-steps lam-dim lam-heads lam-layers lam-learning-rate lam-pair-input lam-patch lam-reset lam-residual "
     "lam-shift lam-updates learning-rate log-every lr-floor mask-min maskgit-steps max-episode-steps max-grad-norm "

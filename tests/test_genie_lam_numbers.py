@@ -1,10 +1,6 @@
 """Numbers of genie_lam.py: every public function against closed forms, hand-made examples and the paper's tables."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -30,6 +30,7 @@ SPEED = [
     "muzero:preset=atari100k",
     "iris",
     "diamond",
+    "genie_lam",
     "muzero",
     "dreamerv3:size=12m",
     "dreamerv3:size=200m",

@@ -97,8 +97,8 @@ GENIE = dict(
     other="ALE/Breakout-v5",
     chatty="--tok-updates 300 --lam-updates 1 --dyn-updates 1 --policy-updates 1 --save-every 10000",
     flags="action-cond action-dim action-repeat batch-size beta1 beta2 bf16 buffer-size capture-video clean-past "
-    "compile cuda dataset demo-steps demonstrator dyn-dim dyn-head-dim dyn-heads dyn-layers dyn-updates env-id env-kwargs "
-    "eval-clips eval-episodes evaluate exp-name ffn-mult full-action-space grayscale image-size image-width "
+    "compile cuda dataset demo-steps demonstrator dyn-dim dyn-head-dim dyn-heads dyn-layers dyn-updates env-id "
+    "env-kwargs eval-clips eval-episodes evaluate exp-name ffn-mult full-action-space grayscale image-size image-width "
     "label-steps lam-dim lam-heads lam-layers lam-learning-rate lam-pair-input lam-patch lam-reset lam-residual "
     "lam-shift lam-updates learning-rate log-every lr-floor mask-min maskgit-steps max-episode-steps max-grad-norm "
     "noop-max num-actions num-envs num-threads pixels play policy-dim policy-heads policy-layers policy-updates preset "

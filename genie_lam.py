@@ -67,7 +67,6 @@ import threading
 import time
 import traceback
 import zipfile
-from collections import deque
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, Optional
 
@@ -1225,43 +1224,44 @@ def frames_of_npz(path):
     return frames, actions
 
 
-def read_videos(args):
-    """--dataset: yields each video, resized, as in `save_shard`; exit code 2 for one that cannot be used."""
-    names = sorted(n for n in os.listdir(args.dataset) if n.endswith((".npz", ".mp4")))
-    height, width, total = args.image_size, args.image_width or args.image_size, 0
-    for name in names:
+def read_video(args, name):
+    """A file of --dataset as frames (n, height, width, 1 or 3) and actions or None. Raises whatever a decoder raises."""
+    path = os.path.join(args.dataset, name)
+    frames, actions = (frames_of_mp4 if name.endswith(".mp4") else frames_of_npz)(path)
+    if len(frames) < 2 * args.seq_len:  # so that even the only video can be split in training and test
+        raise ValueError(f"{len(frames)} frames are fewer than twice --seq-len {args.seq_len}")
+    return frames, actions
+
+
+def check_videos(args):
+    """The names of the usable files of --dataset, up to --total-timesteps frames; exit code 2 before anything is made.
+    So each file is read twice, and one at a time is in memory."""
+    names, total = [], 0
+    for name in sorted(n for n in os.listdir(args.dataset) if n.endswith((".npz", ".mp4"))):
         path = os.path.join(args.dataset, name)
         try:
-            frames, actions = (frames_of_mp4 if name.endswith(".mp4") else frames_of_npz)(path)
-            if len(frames) < args.seq_len:
-                raise ValueError(f"{len(frames)} frames are fewer than --seq-len {args.seq_len}")
-        except Exception as e:  # whatever a decoder raises about a file
+            total += len(read_video(args, name)[0])
+            names.append(name)
+        except Exception as e:  # whatever it is, the file cannot be used
             if not args.skip_bad:
                 fail(f"--dataset {path} cannot be used ({type(e).__name__}: {e}); --skip-bad leaves it out")
             say(f"warning: left out {path} ({type(e).__name__}: {e})")
-            continue
-        frames = frames[: args.total_timesteps - total]
-        total += len(frames)
-        frames = np.broadcast_to(frames, (*frames.shape[:3], 3))
-        if frames.shape[1:3] != (height, width):
-            resized = (Image.fromarray(f).resize((width, height), Image.BILINEAR) for f in frames)
-            frames = np.stack([np.asarray(f) for f in resized])
-        action = np.full(len(frames), -1) if actions is None else actions[: len(frames)].astype(np.int64)
-        action[-1:] = -1
-        yield {"frames": np.ascontiguousarray(frames), "first": np.arange(len(frames)) == 0, "action": action}
         if total >= args.total_timesteps:
-            return
+            break
+    if not names:
+        fail(f"--dataset {args.dataset} has no .npz or .mp4 file that can be used")
+    return names
 
 
-def split_videos(videos):
-    """A tenth of the videos, or of the only one, for testing: training, test."""
-    if len(videos) > 1:
-        n = max(1, len(videos) // 10)
-        return videos[:-n], videos[-n:]
-    (video,), n = videos, len(videos[0]["frames"]) - max(1, len(videos[0]["frames"]) // 10)
-    test = {k: v[n:].copy() for k, v in video.items()}
-    test["first"][0] = True
-    return [{k: v[:n] for k, v in video.items()}], [test]
+def resized_video(args, frames, actions):
+    """Frames of any size, grey or coloured, as in `save_shard`."""
+    height, width = args.image_size, args.image_width or args.image_size
+    frames = np.broadcast_to(frames, (*frames.shape[:3], 3))
+    if frames.shape[1:3] != (height, width):
+        frames = np.stack([np.asarray(Image.fromarray(f).resize((width, height), Image.BILINEAR)) for f in frames])
+    action = np.full(len(frames), -1) if actions is None else actions.astype(np.int64)
+    action[-1] = -1
+    return {"frames": np.ascontiguousarray(frames), "first": np.arange(len(frames)) == 0, "action": action}
 
 
 # ---- Environment -----------------------------------------------------------------------------------------------------
@@ -2286,6 +2286,7 @@ class Logger:  # shared
         # [optional: track
         if self.tracker:
             self.tracker.finish()
+        # track]
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -2461,10 +2462,11 @@ def uncompiled(args):  # shared
 
 
 def start_processes(args):
-    """Rank and number of processes under torchrun. Only the first one speaks and writes."""
+    """Rank and number of processes under torchrun. Only the first one speaks, writes, and says what is wrong with the
+    flags."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     return rank, world
 
 
@@ -2523,8 +2525,9 @@ class Recorder:
     """The video of a run on disk: data/test.npz (held out), data/demo.npz (what the policy imitates) and the training
     video in shards. `done` says what is there; a checkpoint after each shard holds it."""
 
-    def __init__(self, args, run):
-        self.args, self.folder = args, os.path.join(run, "data")
+    def __init__(self, args, run, names=None):
+        """names: files of --dataset, where that is not done yet."""
+        self.args, self.folder, self.names = args, os.path.join(run, "data"), names
         self.done = {"global_step": 0, "rows": [], "episodes": [0] * args.num_envs, "test": False, "demo": False,
                      "demo_return": None, "complete": False}  # fmt: skip
 
@@ -2544,15 +2547,23 @@ class Recorder:
         return self.read() if self.args.dataset else self.film_all(save, stop, each)
 
     def read(self):
+        """--dataset: a shard per video, the last tenth of them, or of the only one, for testing."""
         if self.done["complete"]:
             return
-        videos = list(read_videos(self.args))
-        if not videos:
-            fail(f"--dataset {self.args.dataset} has no .npz or .mp4 file that can be used")
-        training, test = split_videos(videos)
-        for name, part in (("test", test), *((f"shard-{i:05d}", [v]) for i, v in enumerate(training))):
-            save_shard(self.path(name), {k: np.concatenate([v[k] for v in part]) for k in part[0]})
-        rows = [len(v["frames"]) for v in training]
+        names = self.names or check_videos(self.args)
+        tests, rows, held_out = len(names) // 10 or int(len(names) > 1), [], []
+        for i, name in enumerate(names):
+            video = resized_video(self.args, *read_video(self.args, name))
+            if i >= len(names) - tests:
+                held_out.append(video)
+                continue
+            if not tests:
+                cut = max(self.args.seq_len, len(video["frames"]) // 10)
+                held_out.append({k: v[-cut:] for k, v in video.items()})
+                held_out[0]["first"][0], video = True, {k: v[:-cut] for k, v in video.items()}
+            save_shard(self.path(f"shard-{len(rows):05d}"), video)
+            rows.append(len(video["frames"]))
+        save_shard(self.path("test"), {k: np.concatenate([v[k] for v in held_out]) for k in held_out[0]})
         self.done |= {"rows": rows, "global_step": sum(rows), "test": True, "complete": True}
 
     def film_all(self, save, stop, each):
@@ -2629,6 +2640,7 @@ def train(args):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         forever = datetime.timedelta(days=7)  # the others wait while the first one records
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=forever)
+    names = check_videos(args) if args.dataset and not state and not rank else None
     store, gigabytes = check_memory(args, math.prod(image_space.shape), device)
     config = genie_config(args, image_space.shape[2], int(getattr(action_space, "n", 0)))
     torch.manual_seed(args.seed)
@@ -2645,9 +2657,10 @@ def train(args):
     if not rank:
         write_run_info(run, args, __file__, device)
     logger = Logger(run, args, purge_step=state["progress"] + 1 if state else None) if not rank else None
-    stop, recorder = StopSignal(), Recorder(args, run)
+    stop, recorder = StopSignal(), Recorder(args, run, names)
+    sys.stderr = sys.__stderr__ if rank else sys.stderr  # from here on errors are this process's own
     counts, random_return, metrics = dict.fromkeys(GenieLearner.PARTS, 0), None, {}
-    meanings, mapping, recent = None, [], deque(maxlen=100)
+    meanings, mapping = None, []
     sizes = ", ".join(f"{p} {count_params(getattr(model, p)):,}" for p in GenieLearner.PARTS)
     say(f"run: {run}\nparameters: {count_params(model):,} ({sizes}); {model.tokenizer.tokens} tokens per frame")
     say(f"video: {gigabytes:.2f} GB on {store}; {world} process{'es' * (world > 1)}")
@@ -2655,7 +2668,6 @@ def train(args):
         learner.load_state_dict(state["learner"])
         recorder.done, random_return, meanings = state["data"], state["random_return"], state["meanings"]
         counts, mapping, metrics = state["counts"], state["map"], dict(state["metrics"])
-        recent.extend(state["recent"])
         say(f"resumed at step {recorder.done['global_step']} of {args.total_timesteps}, update {sum(counts.values())}")
 
     def progress():
@@ -2684,7 +2696,7 @@ def train(args):
             counts=counts,
             map=mapping,
         )
-        plain |= dict(data=recorder.done, meanings=meanings, random_return=random_return, recent=list(recent))
+        plain |= dict(data=recorder.done, meanings=meanings, random_return=random_return)
         plain |= dict(metrics={k: float(v) for k, v in metrics.items()}, learner=learner.state_dict())
         atomic_save(plain, os.path.join(run, "ckpt.pt"))
 
@@ -2712,8 +2724,8 @@ def train(args):
         if infos is not None:
             episode = infos["final_info"]["episode"]
             for i in np.flatnonzero(infos["_final_info"]):
-                recent.append(float(episode["r"][i]))
-                tags = {"charts/episodic_return": recent[-1], "charts/episodic_length": int(episode["l"][i])}
+                tags = {"charts/episodic_return": float(episode["r"][i])}
+                tags |= {"charts/episodic_length": int(episode["l"][i])}
                 logger.scalars(tags, step)
 
     began = clock()
@@ -2741,7 +2753,7 @@ def train(args):
         compile_genie(model, learner)
     # compile]
 
-    def report(last=False):
+    def report():
         """All metrics on the held-out video."""
         nonlocal metrics, mapping
         known = [p for p, n in counts.items() if n]
@@ -2756,9 +2768,8 @@ def train(args):
                 frame = video["frames"][clip_starts(video["first"], args.seq_len)[0]]
                 path = os.path.join(run, "videos", f"grid-{progress()}.png")
                 Image.fromarray(action_grid(model, args, frame)).save(path)
-        logger.scalars({f"eval/{k}": v for k, v in found.items()}, progress())
         say_metrics(found)
-        return found
+        return {f"eval/{k}": float(v) for k, v in found.items()}
 
     for part in parts:
         began, mark = clock(), (time.time(), counts[part])
@@ -2813,7 +2824,7 @@ def train(args):
                 learner.check(here)
                 save()
             if args.report_every and counts[part] % args.report_every == 0 and not ending and not rank:
-                report()
+                logger.scalars(report(), progress())
         seconds[part] = clock() - began
     if rank:
         return {}
@@ -2821,8 +2832,8 @@ def train(args):
     # Final evaluation on held-out video and, with a policy, in the environment.
     began = clock()
     result = dict(metrics={}, updates=sum(counts.values()), global_step=data["global_step"], run=run)
-    if any(counts.values()):
-        result["metrics"] = {k: float(v) for k, v in report().items()}
+    tags = report() if any(counts.values()) else {}
+    result["metrics"] = {k.removeprefix("eval/"): v for k, v in tags.items()}
     if counts["policy"]:
         video = os.path.join(run, "videos", "episode.gif") if args.capture_video else None
         with uncompiled(args):
@@ -2832,8 +2843,9 @@ def train(args):
         result |= dict(episodic_return=float(np.mean(returns)), episodic_return_std=float(np.std(returns)))
         result |= dict(returns=returns, random_return=random_return, train_return=None)
         result |= dict(demonstrator_return=data["demo_return"])
-        tags = {k: result[k] for k in ("episodic_return", "episodic_return_std", "demonstrator_return")}
-        logger.scalars({f"eval/{k}": v for k, v in tags.items()}, progress())
+        names = "episodic_return", "episodic_return_std", "demonstrator_return"
+        tags |= {f"eval/{k}": result[k] for k in names if result[k] is not None}
+    logger.scalars(tags, progress())
     save()
     seconds["evaluation"], minutes = clock() - began, (time.time() - start) / 60
     spent = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())

@@ -1225,7 +1225,7 @@ def frames_of_npz(path):
 
 
 def read_video(args, name):
-    """A file of --dataset as frames (n, height, width, 1 or 3) and actions or None. Raises whatever a decoder raises."""
+    """A file of --dataset as frames (n, height, width, 1 or 3) and actions or None. May raise anything."""
     path = os.path.join(args.dataset, name)
     frames, actions = (frames_of_mp4 if name.endswith(".mp4") else frames_of_npz)(path)
     if len(frames) < 2 * args.seq_len:  # so that even the only video can be split in training and test

@@ -356,9 +356,9 @@ def test_diamond_environment_family(case, tmp_path, monkeypatch):
 
 
 GENIE = (
-    "--preset cpu --num-envs 2 --total-timesteps 80 --test-timesteps 40 --shard-steps 40 --tok-updates 1 --lam-updates 1 "
-    "--dyn-updates 1 --tok-batch-size 2 --batch-size 2 --eval-clips 4 --label-steps 0 --max-episode-steps 20 "
-    "--seq-len 4 --no-cuda"
+    "--preset cpu --num-envs 2 --total-timesteps 80 --test-timesteps 40 --shard-steps 40 --tok-updates 1 "
+    "--lam-updates 1 --dyn-updates 1 --tok-batch-size 2 --batch-size 2 --eval-clips 4 --label-steps 0 "
+    "--max-episode-steps 20 --seq-len 4 --no-cuda"
 ).split()
 # id of the case: (flags, side and channels of the stored frames, actions)
 GENIE_CASES = {

@@ -192,6 +192,8 @@ class Args:
     """E, width of a word (table 15)"""
     tok_fsq: str = ""
     """levels of a finite scalar quantizer, such as `8 5 5 5`, instead of a codebook"""
+    tok_local: bool = False
+    """its encoder does not attend in space: a token knows the past of its own patch alone"""
     tok_reset: float = 0.0
     """reset words used less than this share of 1/K; see --lam-reset (0: never, as in the paper)"""
     num_actions: int = 6
@@ -313,7 +315,7 @@ PRESETS = {
         env_id="MinAtar/Breakout-v1", env_kwargs='{"sticky_action_prob": 0.0, "difficulty_ramping": false}',
         pixels=True, image_size=10, total_timesteps=40_000, test_timesteps=8_000, num_envs=8, shard_steps=10_000,
         max_episode_steps=500, seq_len=5,
-        tok_patch=2, tok_layers=1, tok_dim=64, tok_heads=4, tok_codes=64, tok_code_dim=16, tok_reset=0.2,
+        tok_patch=2, tok_layers=1, tok_dim=64, tok_heads=4, tok_codes=64, tok_code_dim=16, tok_reset=0.2, tok_local=True,
         num_actions=8, lam_patch=2, lam_layers=1, lam_dim=64, lam_heads=4, lam_pair_input=True, lam_shift=True,
         lam_residual=True, lam_reset=0.2, recon_scale=30.0, dyn_layers=2, dyn_dim=64, dyn_heads=4,
         maskgit_steps=8, token_temperature=0.0, temperature=0.0,
@@ -626,10 +628,15 @@ class STAttention(nn.Module):
 class STBlock(nn.Module):
     """Space, then time, then ONE feed-forward network (sec. 2; fig. 4)."""
 
-    def __init__(self, dim, heads, head_dim, ffn_mult):
+    def __init__(self, dim, heads, head_dim, ffn_mult, space=True):
         super().__init__()
-        self.space_norm, self.time_norm, self.ffn_norm = (nn.LayerNorm(dim) for _ in range(3))
-        self.space, self.time = (STAttention(dim, heads, head_dim) for _ in range(2))
+        self.time_norm, self.ffn_norm, self.time = (
+            nn.LayerNorm(dim),
+            nn.LayerNorm(dim),
+            STAttention(dim, heads, head_dim),
+        )
+        self.space = STAttention(dim, heads, head_dim) if space else None
+        self.space_norm = nn.LayerNorm(dim) if space else None
         hidden = max(1, ffn_mult) * dim
         self.ffn = nn.Sequential(nn.Linear(dim, hidden), nn.GELU())
         if ffn_mult:
@@ -639,7 +646,8 @@ class STBlock(nn.Module):
         """x (B, T, N, D) -> the same, and keys and values of the frames."""
         B, T, N, _ = x.shape
         # NOTE: no FFN between the two, as the paper stresses.
-        x = x + self.space(self.space_norm(x).flatten(0, 1))[0].unflatten(0, (B, T))
+        if self.space is not None:
+            x = x + self.space(self.space_norm(x).flatten(0, 1))[0].unflatten(0, (B, T))
         y, new = self.time(self.time_norm(x).transpose(1, 2).flatten(0, 1), rope, past)  # (B*N, T, D)
         x = x + y.unflatten(0, (B, N)).transpose(1, 2)
         return x + self.ffn(self.ffn_norm(x)), new
@@ -664,11 +672,11 @@ class FrameCache:
 class STTransformer(nn.Module):
     """Blocks between learned positions in space and a linear head."""
 
-    def __init__(self, tokens, dim, layers, heads, out, head_dim=None, ffn_mult=4):
+    def __init__(self, tokens, dim, layers, heads, out, head_dim=None, ffn_mult=4, space=True):
         super().__init__()
         self.head_dim = head_dim or dim // heads
         self.position = nn.Parameter(torch.zeros(tokens, dim))
-        self.blocks = nn.ModuleList([STBlock(dim, heads, self.head_dim, ffn_mult) for _ in range(layers)])
+        self.blocks = nn.ModuleList([STBlock(dim, heads, self.head_dim, ffn_mult, space) for _ in range(layers)])
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, out)
 
     def forward(self, x, cache=None, commit=True):
@@ -711,7 +719,11 @@ class VideoTokenizer(nn.Module):
         width = len(self.levels) or c["tok_code_dim"]
         self.embed = nn.Linear(P, c["tok_dim"])
         options = dict(ffn_mult=c["ffn_mult"])
-        self.encoder = STTransformer(self.tokens, c["tok_dim"], c["tok_layers"], c["tok_heads"], width, **options)
+        # NOTE: with attention in space a token may spell out what is elsewhere in the frame. On sparse frames they all
+        # do: of Breakout's 2.9 bits per token that the patch itself leaves open, 1.5 are a function of the other patches,
+        # and the dynamics have to guess such hashes. See --tok-local.
+        self.encoder = STTransformer(self.tokens, c["tok_dim"], c["tok_layers"], c["tok_heads"], width, **options,
+                                     space=not c["tok_local"])  # fmt: skip
         codes = fsq_codes(self.levels) if self.levels else F.normalize(torch.randn(c["tok_codes"], width), dim=-1)
         self.codebook = nn.Parameter(codes, requires_grad=not self.levels)
         self.unembed = nn.Linear(width, dim)
@@ -846,7 +858,7 @@ class Genie(nn.Module):
 # Flags that shape the networks.
 SHAPES = (
     "seq_len ffn_mult tok_patch tok_layers tok_dim tok_heads tok_decoder_layers tok_decoder_dim tok_decoder_heads "
-    "tok_codes tok_code_dim tok_fsq num_actions action_dim lam_patch lam_layers lam_dim lam_heads lam_pair_input "
+    "tok_codes tok_code_dim tok_fsq tok_local num_actions action_dim lam_patch lam_layers lam_dim lam_heads lam_pair_input "
     "lam_residual dyn_layers dyn_dim dyn_heads dyn_head_dim action_cond policy_layers policy_dim policy_heads"
 ).split()
 

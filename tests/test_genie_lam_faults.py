@@ -105,7 +105,7 @@ GENIE = dict(
     "prompt-frames recon-scale recorder replay-cuda report-every resume save-every seed seq-len shard-steps skip-bad "
     "stage sticky-actions target-return temperature test-timesteps tok-batch-size tok-code-dim tok-codes "
     "tok-decoder-dim tok-decoder-heads tok-decoder-layers tok-dim tok-fsq tok-heads tok-layers tok-learning-rate "
-    "tok-lr-floor tok-patch tok-reset tok-updates tok-warmup token-temperature torch-deterministic total-timesteps "
+    "tok-local tok-lr-floor tok-patch tok-reset tok-updates tok-warmup token-temperature torch-deterministic total-timesteps "
     "track vq-beta wandb-entity wandb-project-name warmup-updates weight-decay",
 )
 

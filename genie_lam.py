@@ -315,7 +315,8 @@ PRESETS = {
         env_id="MinAtar/Breakout-v1", env_kwargs='{"sticky_action_prob": 0.0, "difficulty_ramping": false}',
         pixels=True, image_size=10, total_timesteps=40_000, test_timesteps=8_000, num_envs=8, shard_steps=10_000,
         max_episode_steps=500, seq_len=5,
-        tok_patch=2, tok_layers=1, tok_dim=64, tok_heads=4, tok_codes=64, tok_code_dim=16, tok_reset=0.2, tok_local=True,
+        tok_patch=2, tok_layers=1, tok_dim=64, tok_heads=4, tok_codes=64, tok_code_dim=16, tok_reset=0.2,
+        tok_local=True,
         num_actions=8, lam_patch=2, lam_layers=1, lam_dim=64, lam_heads=4, lam_pair_input=True, lam_shift=True,
         lam_residual=True, lam_reset=0.2, recon_scale=30.0, dyn_layers=2, dyn_dim=64, dyn_heads=4,
         maskgit_steps=8, token_temperature=0.0, temperature=0.0,
@@ -719,11 +720,11 @@ class VideoTokenizer(nn.Module):
         width = len(self.levels) or c["tok_code_dim"]
         self.embed = nn.Linear(P, c["tok_dim"])
         options = dict(ffn_mult=c["ffn_mult"])
-        # NOTE: with attention in space a token may spell out what is elsewhere in the frame. On sparse frames they all
-        # do: of Breakout's 2.9 bits per token that the patch itself leaves open, 1.5 are a function of the other patches,
-        # and the dynamics have to guess such hashes. See --tok-local.
-        self.encoder = STTransformer(self.tokens, c["tok_dim"], c["tok_layers"], c["tok_heads"], width, **options,
-                                     space=not c["tok_local"])  # fmt: skip
+        # NOTE: with attention in space a token may spell out what is elsewhere in the frame, and on sparse frames most
+        # do: with the cpu preset 1.5 bits of each token are a function of OTHER patches, a hash that the dynamics
+        # would have to guess. See --tok-local.
+        size = self.tokens, c["tok_dim"], c["tok_layers"], c["tok_heads"], width
+        self.encoder = STTransformer(*size, **options, space=not c["tok_local"])
         codes = fsq_codes(self.levels) if self.levels else F.normalize(torch.randn(c["tok_codes"], width), dim=-1)
         self.codebook = nn.Parameter(codes, requires_grad=not self.levels)
         self.unembed = nn.Linear(width, dim)
@@ -858,8 +859,8 @@ class Genie(nn.Module):
 # Flags that shape the networks.
 SHAPES = (
     "seq_len ffn_mult tok_patch tok_layers tok_dim tok_heads tok_decoder_layers tok_decoder_dim tok_decoder_heads "
-    "tok_codes tok_code_dim tok_fsq tok_local num_actions action_dim lam_patch lam_layers lam_dim lam_heads lam_pair_input "
-    "lam_residual dyn_layers dyn_dim dyn_heads dyn_head_dim action_cond policy_layers policy_dim policy_heads"
+    "tok_codes tok_code_dim tok_fsq tok_local num_actions action_dim lam_patch lam_layers lam_dim lam_heads "
+    "lam_pair_input lam_residual dyn_layers dyn_dim dyn_heads dyn_head_dim action_cond policy_layers policy_dim policy_heads"
 ).split()
 
 

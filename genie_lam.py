@@ -860,7 +860,8 @@ class Genie(nn.Module):
 SHAPES = (
     "seq_len ffn_mult tok_patch tok_layers tok_dim tok_heads tok_decoder_layers tok_decoder_dim tok_decoder_heads "
     "tok_codes tok_code_dim tok_fsq tok_local num_actions action_dim lam_patch lam_layers lam_dim lam_heads "
-    "lam_pair_input lam_residual dyn_layers dyn_dim dyn_heads dyn_head_dim action_cond policy_layers policy_dim policy_heads"
+    "lam_pair_input lam_residual dyn_layers dyn_dim dyn_heads dyn_head_dim action_cond policy_layers policy_dim "
+    "policy_heads"
 ).split()
 
 

@@ -100,14 +100,14 @@ GENIE = dict(
     "compile cuda dataset demo-steps demonstrator dyn-dim dyn-head-dim dyn-heads dyn-layers dyn-updates env-id "
     "env-kwargs eval-clips eval-episodes evaluate exp-name ffn-mult full-action-space grayscale image-size "
     "image-width label-steps lam-dim lam-heads lam-layers lam-learning-rate lam-pair-input lam-patch lam-reset "
-    "lam-residual lam-shift lam-updates learning-rate log-every lr-floor mask-min maskgit-steps max-episode- "
-    "steps max-grad-norm noop-max num-actions num-envs num-threads pixels play policy-dim policy-heads policy- "
-    "layers policy-updates preset prompt-frames recon-scale recorder replay-cuda report-every resume save-every "
-    "seed seq-len shard-steps skip-bad stage sticky-actions target-return temperature test-timesteps tok-batch- "
-    "size tok-code-dim tok-codes tok-decoder-dim tok-decoder-heads tok-decoder-layers tok-dim tok-fsq tok-heads "
-    "tok-layers tok-learning-rate tok-local tok-lr-floor tok-patch tok-reset tok-updates tok-warmup token- "
-    "temperature torch-deterministic total-timesteps track vq-beta wandb-entity wandb-project-name warmup- "
-    "updates weight-decay",
+    "lam-residual lam-shift lam-updates learning-rate log-every lr-floor mask-min maskgit-steps "
+    "max-episode-steps max-grad-norm noop-max num-actions num-envs num-threads pixels play policy-dim "
+    "policy-heads policy-layers policy-updates preset prompt-frames recon-scale recorder replay-cuda "
+    "report-every resume save-every seed seq-len shard-steps skip-bad stage sticky-actions target-return "
+    "temperature test-timesteps tok-batch-size tok-code-dim tok-codes tok-decoder-dim tok-decoder-heads "
+    "tok-decoder-layers tok-dim tok-fsq tok-heads tok-layers tok-learning-rate tok-local tok-lr-floor tok-patch "
+    "tok-reset tok-updates tok-warmup token-temperature torch-deterministic total-timesteps track vq-beta "
+    "wandb-entity wandb-project-name warmup-updates weight-decay",
 )
 
 

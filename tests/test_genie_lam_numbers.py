@@ -361,6 +361,16 @@ def test_tokenizer_is_causal_and_decodes_what_it_encodes():
     assert torch.allclose(model.tokenizer.decode(tokens[:, :2]), frames[:, :2], atol=1e-5)  # no later token is needed
 
 
+@pytest.mark.parametrize("local", [False, True])
+def test_local_tokens_know_their_own_patch_alone(local):
+    model, _ = tiny(tok_local=local)
+    video = clips()
+    z, changed = model.tokenizer.latents(video), video.clone()
+    changed[:, 1, :2, :2] = 1 - changed[:, 1, :2, :2]  # the first patch of frame 2
+    differs = (model.tokenizer.latents(changed) - z).abs().amax((0, 3)) > 1e-6  # (T, N)
+    assert not differs[0].any() and differs[1:, 0].all() and differs[1:, 1:].any() != local
+
+
 def test_tokenizer_with_fsq():
     model, _ = tiny(tok_fsq="4 3 5")
     tokens = model.tokenizer.encode(clips())

@@ -852,7 +852,7 @@ class Genie(nn.Module):
         # How often each true action was seen with each code, in the few labelled transitions.
         self.register_buffer("action_table", torch.zeros(config["num_actions"], max(1, config["actions"])))
         self.apply(init_transformers)
-        # NOTE: begin with grey frames, with --lam-residual with unchanged ones. Not so in the tokenizer: a head as small
+        # NOTE: begin with grey frames, with --lam-residual with unchanged ones. Not so in the tokenizer: a small head
         # starves its codebook of gradients, and the cpu preset stays at 9 words and 18 dB instead of 34 and 30 dB.
         with torch.no_grad():
             self.lam.decoder.head.weight *= 0.1

@@ -26,8 +26,8 @@ Measured: see the README's result table; every row has its command, commit, hard
 The paper publishes neither code nor weights. What it leaves open, and what is taken here:
   * Width of the FFN: 4x; `--ffn-mult 0` is one layer of width d, with which the published sizes fit best
     (`--preset platformer_11b`: 10.3B dynamics against the published 10.1B).
-  * Positions: learned ones for space, at the input; rotary ones for time, so that cached keys stay valid as the window
-    slides.
+  * Positions: learned ones for space, at the input; rotary ones for time. At play the memory grows to --seq-len frames,
+    then its older half is forgotten.
   * The VQ has unit-norm codes (cosine similarity), straight-through gradients and a commitment weight of 0.25.
   * The decoding follows the authors of MaskGIT: the temperature acts on the choice of positions, not on the tokens.
   * Masking spares frame 1 and has one rate per clip; the cross-entropy counts masked tokens only.
@@ -655,19 +655,17 @@ class STBlock(nn.Module):
 
 
 class FrameCache:
-    """Keys and values of the temporal attention, of at most `window` frames: what a transformer remembers of its past.
-    Past frames are finished and attention is causal, so nothing about them changes when a frame is added."""
+    """Keys and values of the temporal attention: what a transformer remembers of the frames so far. They are finished
+    and attention is causal, so nothing about them changes when a frame is added."""
 
-    def __init__(self, window):
-        self.window, self.position, self.layers = window, 0, None
+    def __init__(self):
+        self.frames, self.layers = 0, None
 
     def append(self, new, frames):
-        # NOTE: rotary positions count on for ever; only their differences matter, so old keys stay valid when the
-        # window slides. Beyond the window, deep layers still carry traces of older frames, as recurrent networks do.
         past = self.layers or [None] * len(new)
-        join = lambda old, add: add if old is None else torch.cat([old, add], 2)[:, :, -self.window :]  # noqa: E731
+        join = lambda old, add: add if old is None else torch.cat([old, add], 2)  # noqa: E731
         self.layers = [tuple(join(o and o[i], n[i]) for i in range(2)) for o, n in zip(past, new)]
-        self.position += frames
+        self.frames += frames
 
 
 class STTransformer(nn.Module):
@@ -683,7 +681,7 @@ class STTransformer(nn.Module):
     def forward(self, x, cache=None, commit=True):
         """x (B, T, N, D) -> (B, T, N, out). With a cache, x are the frames that follow it: any number into an empty
         one, else one. `commit`: these frames are finished, remember them."""
-        T, start = x.shape[1], cache.position if cache else 0
+        T, start = x.shape[1], cache.frames if cache else 0
         rope = rotary(torch.arange(start, start + T, device=x.device), self.head_dim)
         x, new = x + self.position, []
         for i, block in enumerate(self.blocks):
@@ -1595,20 +1593,30 @@ class Imagination:
     def begin(self, video, codes=None):
         """Frames (B, P, H, W, C) in [0, 1] become the past, with the codes (B, P-1) between them (default: inferred).
         Returns their reconstruction."""
-        model, window = self.model, self.model.config["seq_len"] - 1
+        most = self.model.config["seq_len"] - 1
         if codes is not None:
-            codes = codes[:, max(0, video.shape[1] - window) :]  # those between the frames that are kept
-        video = video[:, -window:]
-        self.past, self.pixels = FrameCache(window), FrameCache(window)
-        tokens = model.tokenizer.encode(video)  # (B, P, N)
-        codes = model.lam.encode(video) if codes is None else codes
-        model.dynamics(tokens, shift_actions(model.lam.codes(codes)), self.past)
-        return model.tokenizer.decode(tokens, self.pixels)
+            codes = codes[:, max(0, video.shape[1] - most) :]  # those between the frames that are kept
+        video = video[:, -most:]
+        codes = self.model.lam.encode(video) if codes is None else codes
+        return self.remember(self.model.tokenizer.encode(video), codes)
+
+    def remember(self, tokens, codes):
+        """Fill empty caches with frames (B, P, N) and the codes (B, P-1) between them."""
+        self.past, self.pixels, self.tokens, self.codes = FrameCache(), FrameCache(), tokens, codes
+        self.model.dynamics(tokens, shift_actions(self.model.lam.codes(codes)), self.past)
+        return self.model.tokenizer.decode(tokens, self.pixels)
 
     @torch.no_grad()
     def step(self, codes):
         """Latent actions (B,) -> the next frame (B, H, W, C)."""
-        model, action = self.model, self.model.lam.codes(codes)[:, None]  # (B, 1, E)
+        model, T = self.model, self.model.config["seq_len"]
+        if self.past.frames >= T:
+            # NOTE: a window that slides frame by frame over old keys looks cheap, but is nothing that training has
+            # seen: there the oldest frame has no past and no action. Dreams fall apart when it begins. So the older
+            # half is forgotten at once and the rest is computed anew: about one more pass per frame.
+            keep = max(1, T // 2)
+            self.remember(self.tokens[:, -keep:], self.codes[:, self.codes.shape[1] - keep + 1 :])
+        action = model.lam.codes(codes)[:, None]  # (B, 1, E)
 
         # NOTE: the past is in the caches: each round computes the new frame's tokens alone, exactly as with all frames.
         def logits(ids):
@@ -1617,6 +1625,8 @@ class Imagination:
         ids = torch.full((len(codes), model.tokenizer.tokens), model.config["vocabulary"], device=codes.device)
         tokens = maskgit_decode(logits, ids, self.rounds, *self.temperatures, self.generator)
         model.dynamics(tokens[:, None], action, self.past)
+        self.tokens = torch.cat([self.tokens, tokens[:, None]], 1)[:, -T:]
+        self.codes = torch.cat([self.codes, codes[:, None]], 1)[:, -T + 1 :]
         return model.tokenizer.decode(tokens[:, None], self.pixels)[:, 0]
 
 

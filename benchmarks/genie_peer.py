@@ -130,7 +130,7 @@ def main():
         return lambda: F.cross_entropy(model(ids, actions).flatten(0, 2), target.flatten())
 
     def cached():
-        cache = genie_lam.FrameCache(a.frames - 1)
+        cache = genie_lam.FrameCache()
         with torch.no_grad():
             ours(ids[:1, :-1], actions[:1, :-1], cache)
 
@@ -139,7 +139,7 @@ def main():
             action, hidden = actions[:1, -1:], torch.full((1, a.tokens), a.words)
             fill = lambda x: ours(x[:, None], action, cache, commit=False)[:, 0]  # noqa: E731
             tokens = genie_lam.maskgit_decode(fill, hidden, a.rounds, 0.0)
-            ours(tokens[:, None], action, cache)
+            ours(tokens[:, None], action, cache, commit=False)  # so that it stays as it is for the next call
 
         return frame
 

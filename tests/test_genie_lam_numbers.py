@@ -458,7 +458,7 @@ def test_cached_logits_are_those_of_all_frames(cond, prompt):
     """Frame by frame with keys and values of the past, against one pass over everything."""
     model, _ = tiny(action_cond=cond)
     tokens, actions = torch.randint(0, 11, (2, 5, 16)), g.shift_actions(torch.randn(2, 4, 4))
-    cache = g.FrameCache(4)
+    cache = g.FrameCache()
     model.dynamics(tokens[:, :prompt], actions[:, :prompt], cache)
     for t in range(prompt, 5):
         hidden = tokens.clone()
@@ -468,22 +468,32 @@ def test_cached_logits_are_those_of_all_frames(cond, prompt):
             cached = model.dynamics(hidden[:, t : t + 1], actions[:, t : t + 1], cache, commit=False)[:, 0]
             assert torch.allclose(cached, whole, atol=1e-5)
         model.dynamics(tokens[:, t : t + 1], actions[:, t : t + 1], cache)
-    decoded, cache = model.tokenizer.decode(tokens), g.FrameCache(4)
+    decoded, cache = model.tokenizer.decode(tokens), g.FrameCache()
     frames = torch.cat([model.tokenizer.decode(tokens[:, t : t + 1], cache) for t in range(5)], 1)
     assert torch.allclose(frames, decoded, atol=1e-5)
 
 
-def test_a_window_that_slides():
-    """One block: nothing of the frames outside of the window is left, and positions far from 0 change nothing."""
-    model, _ = tiny(dyn_layers=1)
-    tokens, actions = torch.randint(0, 11, (2, 9, 16)), torch.randn(2, 9, 4)
-    cache = g.FrameCache(4)
-    for t in range(9):
-        cached = model.dynamics(tokens[:, t : t + 1], actions[:, t : t + 1], cache)[:, 0]
-        first = max(0, t - 4)
-        whole = model.dynamics(tokens[:, first : t + 1], actions[:, first : t + 1])[:, -1]
-        assert torch.allclose(cached, whole, atol=1e-5), t
-    assert cache.layers[0][0].shape[2] == 4 and cache.position == 9
+def test_memory_of_a_long_dream():
+    """Up to T frames, then the newer half and no more: each frame is what one pass over the frames that are remembered
+    says."""
+    model, args = tiny(temperature=0.0, token_temperature=0.0)
+    world, codes, seen = g.Imagination(model, args), torch.randint(0, 3, (2, 12)), []
+    world.begin(clips(2, 1))
+    for t in range(12):
+        kept = world.past.frames if world.past.frames < 5 else 2
+        tokens, past = world.tokens[:, -kept:], world.codes[:, world.codes.shape[1] - kept + 1 :]
+        seen.append(kept)
+        frame = world.step(codes[:, t])
+        actions = g.shift_actions(model.lam.codes(torch.cat([past, codes[:, t : t + 1]], 1)))
+
+        def logits(ids, tokens=tokens, actions=actions):
+            return model.dynamics(torch.cat([tokens, ids[:, None]], 1), actions)[:, -1]
+
+        new = g.maskgit_decode(logits, torch.full((2, 16), 11), args.maskgit_steps, 0.0, 0.0)
+        assert torch.equal(new, world.tokens[:, -1]), t
+        whole = model.tokenizer.decode(torch.cat([tokens, new[:, None]], 1))[:, -1]
+        assert torch.allclose(frame, whole, atol=1e-4), t
+    assert seen == [1, 2, 3, 4, 2, 3, 4, 2, 3, 4, 2, 3]
 
 
 def test_imagination_is_maskgit_frame_by_frame():

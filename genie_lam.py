@@ -33,8 +33,10 @@ The paper publishes neither code nor weights. What it leaves open, and what is t
   * Masking spares frame 1 and has one rate per clip; the cross-entropy counts masked tokens only.
   * Data are 10M frames in compressed shards on disk, of which --buffer-size frames at a time are in memory.
 Not the paper's, off by default and on in `--preset cpu`: `--lam-pair-input`, `--lam-shift`, `--lam-residual`,
-`--lam-reset`, two spare codes and a larger weight of the pixels. With a fixed camera and little variety the paper's
-latent action model reaches an excellent loss with codes that say next to nothing about the action: see PRESETS.
+`--lam-reset`, spare codes and a larger weight of the pixels for the latent action model, which otherwise reaches an
+excellent loss with codes that say next to nothing about the action (fixed camera, little variety); `--tok-local` and
+`--tok-reset` for the tokenizer, whose tokens the dynamics otherwise cannot foresee. Numbers: see PRESETS.
+No codebook dropout, which two other implementations have and the paper does not mention.
 
 The algorithm is in the parts Maths, Networks, Losses and Learner and in the loop of `train`; a reader may stop there.
 The rest of the file makes it usable alone: video, environments, evaluation and play, checkpoints, checked flags.
@@ -1905,6 +1907,8 @@ def play(args):
     state = load_checkpoint(args.play, "genie_lam")
     if state["counts"]["dynamics"] == 0:
         fail(f"{args.play} has no dynamics to play in yet: go on with --resume {args.play} --stage dynamics")
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
     env = DreamEnv(args.play)
     env.args = args  # rounds and temperatures may be given
     K, names = int(env.action_space.n), env.meanings or []

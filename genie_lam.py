@@ -2706,22 +2706,13 @@ def train(args):
         if recorder.done["test"]:  # frames for dreams to start from
             video = recorder.load("test")
             starts = clip_starts(video["first"], args.seq_len)
-            chosen = starts[np.linspace(0, len(starts) - 1, 8).astype(int)] if len(starts) else []
-            context = (
-                torch.as_tensor(np.stack([video["frames"][i : i + args.seq_len] for i in chosen]))
-                if len(starts)
-                else None
-            )
+            if len(starts):
+                chosen = starts[np.linspace(0, len(starts) - 1, 8).astype(int)]
+                context = torch.as_tensor(video["frames"][chosen[:, None] + np.arange(args.seq_len)])
         spaces = {"observation": space_to(obs_space), "action": actions}
         plain = dict(script="genie_lam", args=asdict(args), config=config, spaces=spaces, context=context)
-        plain |= dict(
-            progress=progress(),
-            global_step=recorder.done["global_step"],
-            updates=sum(counts.values()),
-            counts=counts,
-            map=mapping,
-        )
-        plain |= dict(data=recorder.done, meanings=meanings, random_return=random_return)
+        plain |= dict(progress=progress(), global_step=recorder.done["global_step"], counts=counts, map=mapping)
+        plain |= dict(updates=sum(counts.values()), data=recorder.done, meanings=meanings, random_return=random_return)
         plain |= dict(metrics={k: float(v) for k, v in metrics.items()}, learner=learner.state_dict())
         atomic_save(plain, os.path.join(run, "ckpt.pt"))
 
@@ -2780,7 +2771,7 @@ def train(args):
 
     def report():
         """All metrics on the held-out video."""
-        nonlocal metrics, mapping
+        nonlocal mapping
         known = [p for p, n in counts.items() if n]
         with uncompiled(args):
             video = recorder.load("test")
@@ -2841,7 +2832,8 @@ def train(args):
                          "dynamics": ["tokens", "token_accuracy"], "policy": ["policy", "policy_accuracy"]}  # fmt: skip
                 words = ", ".join(f"{k}={numbers[k]:.4g}" for k in shown[part])
                 say(f"{part}: update {counts[part]} of {total}, {words}, updates/s={rate:.2f}")
-            if (device.type == "cpu" or counts[part] % 20 == 0 or ending) and agree():
+            # NOTE: on GPUs agreeing waits for the device: now and then is enough.
+            if (world == 1 or device.type == "cpu" or counts[part] % 20 == 0 or ending) and agree():
                 learner.check(here)
                 save()
                 stopped()
@@ -2882,7 +2874,10 @@ def train(args):
     result |= dict(minutes=minutes, peak_memory_gb=peak_memory(device))
     write_json(result, os.path.join(run, "result.json"))
     if counts["policy"]:
-        finish(args, result["episodic_return"], random_return, f" (demonstrator {result['demonstrator_return']:.1f})")
+        shown = data["demo_return"]
+        finish(
+            args, result["episodic_return"], random_return, f" (demonstrator {shown:.1f})" if shown is not None else ""
+        )
     return result
 
 

@@ -2685,7 +2685,7 @@ def train(args):
     stop, recorder = StopSignal(), Recorder(args, run, names)
     sys.stderr = sys.__stderr__ if rank else sys.stderr  # from here on errors are this process's own
     counts, random_return, metrics = dict.fromkeys(GenieLearner.PARTS, 0), None, {}
-    meanings, mapping = None, []
+    meanings, mapping, context = None, [], None
     sizes = ", ".join(f"{p} {count_params(getattr(model, p)):,}" for p in GenieLearner.PARTS)
     say(f"run: {run}\nparameters: {count_params(model):,} ({sizes}); {model.tokenizer.tokens} tokens per frame")
     say(f"video: {gigabytes:.2f} GB on {store}; {world} process{'es' * (world > 1)}")
@@ -2693,6 +2693,7 @@ def train(args):
         learner.load_state_dict(state["learner"])
         recorder.done, random_return, meanings = state["data"], state["random_return"], state["meanings"]
         counts, mapping, metrics = state["counts"], state["map"], dict(state["metrics"])
+        context = state["context"]
         say(f"resumed at step {recorder.done['global_step']} of {args.total_timesteps}, update {sum(counts.values())}")
 
     def progress():
@@ -2700,10 +2701,11 @@ def train(args):
         return recorder.done["global_step"] + sum(counts.values())
 
     def save():
+        nonlocal context
         if rank:
             return
-        context, actions = None, int(getattr(action_space, "n", 0))
-        if recorder.done["test"]:  # frames for dreams to start from
+        actions = int(getattr(action_space, "n", 0))
+        if recorder.done["test"] and context is None:  # frames for dreams to start from
             video = recorder.load("test")
             starts = clip_starts(video["first"], args.seq_len)
             if len(starts):

@@ -312,7 +312,11 @@ class Args:
 # fmt: off
 PRESETS = {
     "full": {},
-    # A laptop: see the measurements beside it.
+    # A laptop. Seed 1, 217 CPU seconds of one thread of a busy machine, on held-out video: tokenizer 31.0 dB (mean frame
+    # 18.8), 38 words in use; true actions from latent ones 0.991 (most frequent action 0.334, random codes 0.326), 1.53
+    # of 1.58 bits; controllability 6.0, 5.0, 3.7, 1.9 dB at t = 1..4; policy 3.2 (demonstrator 4.0, random 0.3).
+    # NOTE: without --tok-local the tokenizer is as sharp (27 to 30 dB) and uses 51 to 57 words, but 1.5 bits of a token
+    # depend on other patches: controllability 0.6, 0.3, 0.3, 0.1 dB. Without --tok-reset 5 words are left, 20 dB.
     "cpu": dict(
         env_id="MinAtar/Breakout-v1", env_kwargs='{"sticky_action_prob": 0.0, "difficulty_ramping": false}',
         pixels=True, image_size=10, total_timesteps=40_000, test_timesteps=8_000, num_envs=8, shard_steps=10_000,

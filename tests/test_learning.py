@@ -37,7 +37,8 @@ RUNS = {
     # seeds 1 to 4: training (all episodes after the first updates) 1.7, 2.6, 2.2, 0.9; final evaluation of 100 episodes
     # 2.8, 2.5, 2.1, 2.7; random 0.3 to 0.4
     "diamond-minatar": ("diamond", ["--preset", "cpu"], 0.5, 1.2, 1.0),
-    # the policy on latent actions, whose codes become real actions through 200 labelled transitions; SEEDS
+    # the policy on latent actions, whose codes become real actions through 200 labelled transitions;
+    # seed 1: 3.2 (demonstrator 4.0); random 0.3
     "genie-minatar": ("genie_lam", ["--preset", "cpu"], None, 1.0, 1.0),
 }
 VIDEOS = {"muzero-cartpole": ["foresight-10000.gif", "foresight-5008.gif"], "muzero-tictactoe": []}
@@ -255,7 +256,8 @@ def values(obs):
 @pytest.mark.learning
 def test_genie_finds_the_actions_that_it_was_never_told(runs):
     """On held-out video: true actions from latent ones against the most frequent action and random codes, the dream
-    with inferred latent actions against random ones, reconstruction against the mean frame. SEEDS"""
+    with inferred latent actions against random ones, reconstruction against the mean frame. Seed 1: accuracy 0.991 (0.334, 0.326), 1.53 of 1.58 bits; 6.0 and 1.9 dB one
+    and four steps ahead; 31.0 and 18.8 dB."""
     code, output, run = runs["genie-minatar"]
     assert code == 0, output[-3000:]
     m = json.loads((run / "result.json").read_text())["metrics"]

@@ -312,7 +312,7 @@ class Args:
 # fmt: off
 PRESETS = {
     "full": {},
-    # A laptop. Seed 1, 217 CPU seconds of one thread of a busy machine, on held-out video: tokenizer 31.0 dB (mean frame
+    # A laptop. Seed 1, 217 CPU seconds of one busy thread, on held-out video: tokenizer 31.0 dB (mean frame
     # 18.8), 38 words in use; true actions from latent ones 0.991 (most frequent action 0.334, random codes 0.326), 1.53
     # of 1.58 bits; controllability 6.0, 5.0, 3.7, 1.9 dB at t = 1..4; policy 3.2 (demonstrator 4.0, random 0.3).
     # NOTE: without --tok-local the tokenizer is as sharp (27 to 30 dB) and uses 51 to 57 words, but 1.5 bits of a token

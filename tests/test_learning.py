@@ -256,7 +256,9 @@ def values(obs):
 @pytest.mark.learning
 def test_genie_finds_the_actions_that_it_was_never_told(runs):
     """On held-out video: true actions from latent ones against the most frequent action and random codes, the dream
-    with inferred latent actions against random ones, reconstruction against the mean frame. Seed 1: accuracy 0.991 (0.334, 0.326), 1.53 of 1.58 bits; 6.0 and 1.9 dB one
+    with inferred latent actions against random ones, reconstruction against the mean frame.
+
+    Seed 1: accuracy 0.991 (0.334, 0.326), 1.53 of 1.58 bits; 6.0 and 1.9 dB one
     and four steps ahead; 31.0 and 18.8 dB."""
     code, output, run = runs["genie-minatar"]
     assert code == 0, output[-3000:]

@@ -310,7 +310,7 @@ def process_frame(frame, crop=None):
     return np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize((64, 64), Image.BILINEAR))
 
 
-def to_images(frames):
+def unit_images(frames):
     """(..., 64, 64, 3) uint8 -> (..., 3, 64, 64) float32 in 0..1."""
     # NOTE: frames are stored as integers and scaled here and nowhere else: a phase that sees 0..255 where another saw
     # 0..1 fails without a word.
@@ -519,7 +519,7 @@ def affine(x, bias, weight):
     return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
-class WorldModel(nn.Module):
+class VMC(nn.Module):
     """V, M and C. kind: what C's outputs mean. "car": car_action; "box": tanh, a number in [-1, 1] per output;
     "discrete": the largest one is the action, which M sees as one-hot."""
 
@@ -554,7 +554,7 @@ class WorldModel(nn.Module):
     def encode(self, frames):
         """(n, 64, 64, 3) uint8 -> mu, logvar (n, Z) float32"""
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.config["bf16"] and frames.is_cuda):
-            mu, logvar = self.vae.encode(to_images(frames))
+            mu, logvar = self.vae.encode(unit_images(frames))
         return mu.float(), logvar.float()
 
     def show(self, z):
@@ -572,9 +572,11 @@ def count_params(model):
 
 def fit_vae(model, batch, args):
     """V's loss on batch: frames (B, 64, 64, 3), eps (B, Z). Returns the terms and metrics."""
-    recon, mu, logvar = model.vae(to_images(batch["frames"]), batch["eps"])
+    recon, mu, logvar = model.vae(unit_images(batch["frames"]), batch["eps"])
     with torch.autocast(recon.device.type, enabled=False):
-        r_loss, kl = vae_loss(to_images(batch["frames"]), recon.float(), mu.float(), logvar.float(), args.kl_tolerance)
+        r_loss, kl = vae_loss(
+            unit_images(batch["frames"]), recon.float(), mu.float(), logvar.float(), args.kl_tolerance
+        )
     return {"vae_reconstruction": r_loss, "vae_kl": kl}, {}
 
 
@@ -1368,7 +1370,7 @@ def any_env(args):
     return env
 
 
-def control_env(args):
+def suite_env(args):
     return DMControl(args.env_id, args.image_size, args.fast_render)
 
 
@@ -1379,7 +1381,7 @@ class Families(dict):
         return super().get(key, any_env)
 
 
-FAMILIES = Families({"CarRacing-v3": car_racing, "VizdoomTakeCover-v1": take_cover, "dm_control": control_env})
+FAMILIES = Families({"CarRacing-v3": car_racing, "VizdoomTakeCover-v1": take_cover, "dm_control": suite_env})
 
 
 def make_env(args, index, key=0):  # shared
@@ -1721,7 +1723,7 @@ class RandomAgents(EpisodeNoise):
         rows = rows[acting]
         to = lambda x: torch.as_tensor(x, device=self.device)  # noqa: E731
         eps, first = to(self.noise[rows, self.places(rows)]), to(first[acting]).float()
-        params, x = {k: v[rows] for k, v in self.params.items()}, to_images(to(frames[acting]))
+        params, x = {k: v[rows] for k, v in self.params.items()}, unit_images(to(frames[acting]))
         action, c, h = torch.func.vmap(self.one)(params, x, eps, self.c[rows], self.h[rows], first)
         self.c[rows], self.h[rows] = c, h
         self.t[rows] += 1
@@ -1731,7 +1733,7 @@ class RandomAgents(EpisodeNoise):
     def one(self, params, x, eps, c, h, first):
         """One step of one agent with its own weights, the same as act_step."""
         model, vae = self.model, {k: v for k, v in params.items() if k.startswith("vae.")}
-        mu, logvar = torch.func.functional_call(Encoder(model.vae), vae, x[None])
+        mu, logvar = torch.func.functional_call(EncoderOnly(model.vae), vae, x[None])
         # NOTE: such weights overflow now and then. The authors' agents were not guarded; NaN cannot steer.
         z = sample_z(mu[0], logvar[0], eps).nan_to_num().clamp(-1e3, 1e3)
         features = model.features(z, c, h)
@@ -1741,7 +1743,7 @@ class RandomAgents(EpisodeNoise):
         return action, c[0], h[0]
 
 
-class Encoder(nn.Module):
+class EncoderOnly(nn.Module):
     """V's encoder as a module of its own, whose weights torch.func can exchange."""
 
     def __init__(self, vae):
@@ -1908,7 +1910,7 @@ def open_loop(model, episodes, context=5, horizon=30):
     return errors, (*pictures, context)
 
 
-def three_rows(real, recon, dream, context):
+def truth_recon_dream(real, recon, dream, context):
     """Frames of the video: truth, V's reconstruction and the dream below each other, episodes side by side. The border
     is green while M sees frames and red while it dreams."""
     frames = []
@@ -1946,7 +1948,7 @@ def space_from(plain):  # shared
 def load_agent(path, device="cpu"):
     """Model and checkpoint of a run directory, to act or to dream: model, state."""
     state = load_checkpoint(path, "ha2018_carracing")
-    model = WorldModel(state["config"])
+    model = VMC(state["config"])
     model.load_state_dict(state["model"])
     return model.to(device).eval(), state
 
@@ -3023,7 +3025,7 @@ def train(args):
     stop, config = StopSignal(), config_of(args, action_space)
     logger = Logger(run, args, purge_step=state["ticks"] + 1 if state else None)
     with torch.device(device):
-        model = WorldModel(config)
+        model = VMC(config)
     spaces = dict(observation=obs_space, action=action_space)
     experiment = Experiment(args, run, model, spaces, limit, device, logger, stop)
     parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in ("vae", "rnn", "controller"))
@@ -3069,7 +3071,7 @@ def train(args):
     with torch.no_grad():
         errors, pictures = e.measure()
     video = os.path.join(run, "videos", f"open_loop-{len(e.told)}.gif")
-    logger.video("eval/open_loop", three_rows(*pictures), e.ticks + 1, video)
+    logger.video("eval/open_loop", truth_recon_dream(*pictures), e.ticks + 1, video)
     logger.scalars({f"eval/{k}": v for k, v in errors.items()}, e.ticks + 1)
     say("on fresh episodes: " + ", ".join(f"{k}={v:.4g}" for k, v in errors.items()))
     returns = e.final()

@@ -64,8 +64,10 @@ def load(run, device):
         if not hasattr(script, name):
             fail(f"{info['script']}.py has no {name}: its dreams cannot be compared with reality")
     known = {f for f in script.Args.__dataclass_fields__}
+    # A world of latent actions is compared with reality through its map from true ones.
+    latent = "true_actions" in inspect.signature(script.DreamEnv).parameters
     return (
-        script.DreamEnv(str(run), device=device),
+        script.DreamEnv(str(run), device=device, **({"true_actions": True} if latent else {})),
         script,
         script.Args(**{k: v for k, v in info["args"].items() if k in known}),
     )

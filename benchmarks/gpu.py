@@ -32,6 +32,7 @@ SPEED = [
     "diamond",
     "ha2018_carracing:rnn_batch_length=100",
     "ha2018_carracing:preset=takecover,rnn_batch_length=100",
+    "genie_lam",
     "muzero",
     "dreamerv3:size=12m",
     "dreamerv3:size=200m",

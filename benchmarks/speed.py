@@ -1,13 +1,13 @@
 """How fast a script's update and acting step are, on random data and without an environment.
 
     python benchmarks/speed.py dreamerv3:size=1m planet_cem --kinds vector image
-    python benchmarks/speed.py muzero:preset=atari100k iris diamond --kinds image
+    python benchmarks/speed.py muzero:preset=atari100k iris diamond genie_lam --kinds image
     python benchmarks/speed.py dreamerv3:size=200m --modes eager compiled --precisions fp32 bf16 --name speed-gpu
 
 A configuration is SCRIPT[:flag=value,...]; `preset=NAME` is a flag too. Each line of the table is measured in a
 process of its own. One update is all that the learner's `update` does: losses, one backward, clipping, optimizer;
 where networks learn apart from each other it is one update of each. An acting step is the agent's policy for
---num-envs environments, planning or tree search included.
+--num-envs environments, planning or tree search included; of genie_lam.py it is one imagined frame of each.
 Columns:
 
   * ms per update, per acting step: median after a warm-up. On a CPU with one thread it is CPU time, which other
@@ -191,7 +191,7 @@ def ha2018_parts(script, args, obs_space, action_space, device):
 
     only_images(script, obs_space)
     with torch.device(device):
-        model = script.WorldModel(script.config_of(args, action_space))
+        model = script.VMC(script.config_of(args, action_space))
     T, B, Z, A = args.rnn_batch_length, args.rnn_batch_size, args.latent_size, model.A
     shapes = dict(mu=(T, B, Z), logvar=(T, B, Z), next_mu=(T, B, Z), next_logvar=(T, B, Z), eps=(2, T, B, Z))
     shapes |= dict(action=(T, B, A), reward=(T, B), c=(B, args.rnn_size), h=(B, args.rnn_size))
@@ -217,6 +217,46 @@ def ha2018_parts(script, args, obs_space, action_space, device):
     return model, BothNetworks(**learners), batches, compile_
 
 
+def genie_lam_parts(script, args, obs_space, action_space, device):
+    """One update each of tokenizer, latent action model and dynamics; clips are drawn from a video of noise."""
+    import torch
+
+    only_images(script, obs_space)
+    shape, length = next(iter(obs_space.values())).shape, 4 * args.seq_len
+    torch.manual_seed(args.seed)
+    with torch.device(device):
+        model = script.Genie(script.genie_config(args, shape[2], int(action_space.n)))
+
+    class Noise:
+        frames = torch.randint(0, 256, (length, *shape), dtype=torch.uint8, device=device)
+
+        def clips(self, chosen):
+            rows = (chosen * (length - args.seq_len)).astype(np.int64)[:, None] + np.arange(args.seq_len)
+            return self.frames[torch.as_tensor(rows, device=device)]
+
+    batches = {p: script.draws(args, p, 0, model, Noise(), 0, 1, device) for p in ("tokenizer", "lam", "dynamics")}
+    for part, batch in batches.items():
+        batch["lr"] = torch.tensor(script.learning_rate_of(args, part, 1000), device=device)
+    learner = script.GenieLearner(model, args, device)
+    return model, OneOfEach(learner), batches, lambda model, each: script.compile_genie(model, each.learner)
+
+
+def imagined_frames(script, model, device, args):
+    """The learned world in the place of a policy: the first call gives it its frames, later ones imagine one more."""
+    import torch
+
+    world = script.Imagination(model, args)
+
+    def policy(obs, first, state):
+        if state is None:
+            (frames,) = obs.values()
+            world.begin(script.to_video(torch.as_tensor(frames, device=device))[:, None])
+        world.step(torch.zeros(len(first), dtype=torch.long, device=device))
+        return None, True
+
+    return policy
+
+
 # Name: (parts, the kinds of observations with which it gets Discrete actions)
 SCRIPTS = {
     "dreamerv3": (dreamerv3_parts, {"image"}),
@@ -225,6 +265,7 @@ SCRIPTS = {
     "iris": (iris_parts, {"vector", "image"}),
     "diamond": (diamond_parts, {"vector", "image"}),
     "ha2018_carracing": (ha2018_parts, {"vector", "image"}),
+    "genie_lam": (genie_lam_parts, {"vector", "image"}),
 }
 
 
@@ -318,6 +359,8 @@ def make_policy(script, model, device, args):
     """The script's policy; some take their flags as a third argument."""
     import inspect
 
+    if hasattr(script, "Imagination"):
+        return imagined_frames(script, model, device, args)
     extra = [args] if "args" in inspect.signature(script.agent_policy).parameters else []
     return script.agent_policy(model, device, *extra)
 
@@ -351,7 +394,7 @@ def one(order):
     model, learner, batch, compile_ = parts(script, args, obs_space, action_space, device)
     out = dict(parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
     batch_size = getattr(args, "batch_size", None) or args.vae_batch_size
-    out["samples"] = batch_size * getattr(args, "batch_length", 1)
+    out["samples"] = batch_size * getattr(args, "batch_length", getattr(args, "seq_len", 1))
     policy, num_envs = make_policy(script, model, device, args), order["num_envs"] or args.num_envs
     if compiled:
         import torch._inductor.config

@@ -100,7 +100,7 @@ def world(script, device, which):
     space = gym.spaces.Box(-1, 1, (3 if which == "car" else 1,), np.float32)
     torch.manual_seed(0)
     with torch.device(device):
-        return script.WorldModel(script.config_of(script.Args(**preset), space)).eval()
+        return script.VMC(script.config_of(script.Args(**preset), space)).eval()
 
 
 def wait(device):

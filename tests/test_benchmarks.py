@@ -677,6 +677,7 @@ def test_speed_of_a_search(home, kind):
         ("iris", "tokenizer_batch_size=4,batch_size=1,ac_batch_size=2,imag_horizon=2,lstm_size=8"),
         ("diamond", "batch_size=2,imag_envs=2,start_pool=2,imag_horizon=2,rew_end_length=6"),
         ("ha2018_carracing", "vae_batch_size=2,rnn_batch_size=2,rnn_batch_length=3"),
+        ("genie_lam", "tok_batch_size=2,batch_size=1,seq_len=2,maskgit_steps=2"),
     ],
 )
 def test_speed_of_several_networks(home, script, sizes):

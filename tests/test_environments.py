@@ -418,3 +418,37 @@ def test_ha2018_environment_family(case, tmp_path, monkeypatch):
     second = env.step(action)[0]
     seen = env.reset(seed=0, options={"observations": episode["frames"][:5], "actions": [action] * 5})[0]
     assert first.shape == second.shape == seen.shape == (64, 64, 3) and (first != second).any()
+
+
+GENIE = (
+    "--preset cpu --num-envs 2 --total-timesteps 80 --test-timesteps 40 --shard-steps 40 --tok-updates 1 "
+    "--lam-updates 1 --dyn-updates 1 --tok-batch-size 2 --batch-size 2 --eval-clips 4 --label-steps 0 "
+    "--max-episode-steps 20 --seq-len 4 --no-cuda"
+).split()
+# id of the case: (flags, side and channels of the stored frames, actions)
+GENIE_CASES = {
+    "atari": ("--env-id ALE/Breakout-v5 --env-kwargs {} --no-pixels --image-size 32 --tok-patch 8", (32, 3), 4),
+    "atari-grey": ("--env-id ALE/Pong-v5 --env-kwargs {} --no-pixels --image-size 21 --grayscale --full-action-space "
+                   "--num-envs 1 --tok-patch 7 --lam-patch 7", (21, 1), 18),
+    "minatar": ("--env-id MinAtar/SpaceInvaders-v1 --image-size 12", (12, 3), 4),
+    "rendered": ("--env-id CartPole-v1 --env-kwargs {} --image-size 16", (16, 3), 2),
+    "continuous": ("--env-id Pendulum-v1 --env-kwargs {} --image-size 16", (16, 3), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GENIE_CASES)
+def test_genie_environment_family(case, tmp_path, monkeypatch):
+    flags, (side, channels), actions = GENIE_CASES[case]
+    script = importlib.import_module("genie_lam")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["genie_lam.py", *GENIE, *flags.split()])
+    result = script.main(script.parse_args(script.Args, script.PRESETS, ""))
+    assert result["global_step"] == 80 and result["updates"] == 3 and np.isfinite(result["metrics"]["dream_psnr_1"])
+    assert ("action_accuracy" in result["metrics"]) == (actions > 0)
+    run = next((tmp_path / "runs").iterdir())
+    assert len(list((run / "videos").glob("open_loop-*.gif"))) == len(list((run / "videos").glob("grid-*.png"))) == 1
+    with np.load(run / "data" / "shard-00000.npz") as video:
+        assert video["frames"].shape[1:] == (side, side, channels) and video["frames"].std() > 3
+        assert video["first"].sum() >= 2 and (video["action"] >= 0).sum() == 40 * (actions > 0)
+        assert video["action"].max() < max(1, actions)
+    assert script.load_checkpoint(str(run), "genie_lam")["spaces"]["action"] == actions

@@ -227,9 +227,9 @@ SCRIPTS = {
 class Script:
     """One script: run it in this process (`call`) or in its own (`start`)."""
 
-    def __init__(self, name):
+    def __init__(self, name, rows=None):
         self.name, self.path, self.mod = name, os.path.join(ROOT, name + ".py"), importlib.import_module(name)
-        self.__dict__.update(SCRIPTS[name])
+        self.__dict__.update(rows or SCRIPTS[name])
         gc.collect()
         gc.freeze()  # modules stay: `call` need not go through them each time
         self.tiny = self.tiny.split()

@@ -64,7 +64,7 @@ def make_args(**overrides):
 def tiny(scale=1.0, **overrides):
     """A small world whose biases and controller are random too."""
     plain = w.config_of(w.Args(env_id="HaToy-v0", **SMALL), gym.spaces.Box(-1, 1, (2,)))
-    model = w.WorldModel(plain | overrides)
+    model = w.VMC(plain | overrides)
     with torch.no_grad():
         for x in model.parameters():
             x.add_(0.3 * torch.randn_like(x)) if x.dim() == 1 else x.mul_(scale)
@@ -146,7 +146,7 @@ def test_process_frame_is_antialiased_and_upright():
 
 def test_to_images_scales_and_moves_channels():
     frames = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
-    out = w.to_images(frames)
+    out = w.unit_images(frames)
     assert out.shape == (2, 3, 3, 64, 64) and out.dtype == torch.float32
     assert out[1, 2, 0, 5, 7] == frames[1, 2, 5, 7, 0].float() / 255 and out.max() <= 1
 
@@ -569,7 +569,7 @@ def test_presets_have_the_published_sizes():
         args = w.Args(**overrides)
         space = gym.spaces.Box(-1, 1, (3 if args.env_id == "CarRacing-v3" else 1,))
         with torch.device("meta"):
-            model = w.WorldModel(w.config_of(args, space))
+            model = w.VMC(w.config_of(args, space))
         assert tuple(w.count_params(getattr(model, k)) for k in ("vae", "rnn", "controller")) == sizes
 
 
@@ -1558,7 +1558,7 @@ def test_open_loop_numbers():
 
 def test_three_rows_of_the_video():
     real, recon, dream = (np.full((2, 4, 64, 64, 3), v, np.uint8) for v in (10, 20, 30))
-    frames = w.three_rows(real, recon, dream, 2)
+    frames = w.truth_recon_dream(real, recon, dream, 2)
     assert len(frames) == 4 and frames[0].shape == (3 * 70, 2 * 70, 3)
     assert [int(frames[0][70 * i + 35, 35, 0]) for i in range(3)] == [10, 20, 30]
     assert frames[1][140, 5].tolist() == [0, 180, 0] and frames[2][140, 5].tolist() == [220, 0, 0]

@@ -14,7 +14,9 @@ import warnings
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import ROOT, SCRIPTS, Script, only_run
+from test_genie_lam_faults import GENIE
 
+SCRIPTS = SCRIPTS | {"genie_lam": GENIE}
 INSTALL = "pip install -r requirements.txt && "
 
 
@@ -120,7 +122,7 @@ def written(request, tmp_path_factory):
     os.chdir(folder)
     os.environ["SDL_VIDEODRIVER"], driver = "dummy", os.environ.get("SDL_VIDEODRIVER")
     try:
-        script = Script(request.param)
+        script = Script(request.param, SCRIPTS[request.param])
         flags = ["--report-every", "48", "--capture-video", *script.extra]
         for argv in ([*script.tiny, *script.stub(**script.rich), *flags], ["--evaluate", "RUN"], ["--play", "RUN"]):
             argv = [only_run() if a == "RUN" else a for a in argv]

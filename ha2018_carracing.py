@@ -274,7 +274,7 @@ PRESETS = {
 # now and then somebody pushes the pole, which only a dream with enough noise has.
 PRESETS["cpu_dream"] = PRESETS["cpu"] | dict(
     env_id="SmallCartPole-v0", env_kwargs='{"shove": 0.05}', action_repeat=1, max_episode_steps=200, num_envs=64,
-    collect_episodes=400, collect_policy="hold", vae_epochs=12, rnn_epochs=100, rnn_batch_length=20, dream=True,
+    collect_episodes=800, collect_policy="hold", vae_epochs=6, rnn_epochs=60, rnn_batch_length=20, dream=True,
     predict_done=True, controller_input="zch", sample_latent=True, generations=40, popsize=32, rollouts=16,
     eval_every=10, eval_rollouts=64, eval_episodes=50, temperature=1.0,
 )

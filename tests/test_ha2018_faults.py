@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import stub_env
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import (
     BOXES,
     ROOT,
@@ -38,6 +39,7 @@ from test_faults import (
     scalars,
     usage_error,
 )
+from test_readme import commands, explained, parse, read, table_names
 
 NAME = "ha2018_carracing"
 # Four episodes of five steps: 24 frames are 12 updates of V, 20 steps are 4 updates of M, then 3 generations. The stub
@@ -387,6 +389,25 @@ def test_worker_processes_play_the_same(script, unbroken):
     result = script.run(*DREAM, "--num-workers", "2")
     assert result.code == 0, result.err
     as_if_unbroken(only_run(), unbroken)
+
+
+def test_readme_explains_everything(script, monkeypatch):
+    """Commands parse; every tag and every file of a run that uses everything is in its tables."""
+    text = read("README.md")
+    mine = [argv for path, argv in commands(text) if path == f"{NAME}.py"]
+    assert len(mine) >= 5 and not [x for argv in mine if (x := parse(NAME, argv, monkeypatch))]
+    monkeypatch.undo()
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    assert script.run(*DREAM, "--predict-reward", "--capture-video").code == 0
+    run = only_run()
+    for flags in (["--evaluate", run, "--capture-video"], ["--evaluate", run, "--tau-table"], ["--play", run]):
+        assert script.call(*flags).code == 0
+    events = EventAccumulator(run)
+    events.Reload()
+    tags = [t for kind in ("scalars", "images", "tensors") for t in events.Tags()[kind]]
+    files = [os.path.relpath(os.path.join(d, n), run) for d, _, names in os.walk(run) for n in names]
+    assert len(tags) > 25 and [t for t in tags if not explained(t, table_names(text, "tag"))] == []
+    assert len(files) > 12 and [f for f in files if not explained(f, table_names(text, "file"))] == []
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------

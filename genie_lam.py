@@ -326,9 +326,9 @@ PRESETS = {
         num_actions=8, lam_patch=2, lam_layers=1, lam_dim=64, lam_heads=4, lam_pair_input=True, lam_shift=True,
         lam_residual=True, lam_reset=0.2, recon_scale=30.0, dyn_layers=2, dyn_dim=64, dyn_heads=4,
         maskgit_steps=8, token_temperature=0.0, temperature=0.0,
-        label_steps=200, demo_steps=5_000, policy_layers=1, policy_dim=64, policy_updates=300,
+        label_steps=200, demo_steps=10_000, policy_layers=1, policy_dim=64, policy_updates=600,
         tok_updates=320, tok_batch_size=32, tok_learning_rate=3e-3, tok_warmup=50, tok_lr_floor=0.1,
-        lam_updates=600, dyn_updates=700, batch_size=32, learning_rate=2e-3, lam_learning_rate=3e-3, warmup_updates=50,
+        lam_updates=900, dyn_updates=700, batch_size=32, learning_rate=2e-3, lam_learning_rate=3e-3, warmup_updates=50,
         compile=False, num_threads=1, log_every=50, save_every=200, report_every=0, eval_episodes=20,
     ),
     # The 11B model (tables 5, 7, 12) for videos of 160x90 pixels: for its shape and its counts. Its batch of 512 clips
@@ -1570,19 +1570,21 @@ def play_episodes(args, policy, episodes, key, video=None, stop=None):  # shared
 
 def agent_policy(model, device):
     """The policy on latent actions, whose codes become real actions through the few labelled transitions: a policy for
-    play_episodes. An action is drawn from those that were seen with the code (app. E)."""
-    table, rng = model.action_table.double().cpu().numpy(), np.random.default_rng(0)
-    table = np.where(table.sum(1, keepdims=True) > 0, table, table.sum(0, keepdims=True))
-    limits = np.cumsum(table / table.sum(1, keepdims=True).clip(min=1e-9), 1)  # (K, A)
+    play_episodes."""
+    table = model.action_table.double().cpu()
+    table = torch.where(table.sum(1, keepdim=True) > 0, table, table.sum(0))  # a code without a label: what is usual
+    meaning = (table / table.sum(1, keepdim=True).clamp(min=1e-9)).float().to(device)  # (K, A)
 
     @torch.no_grad()
     def policy(obs, first, before):
         (frames,) = obs.values()
         before = frames if before is None else np.where(first.reshape(-1, 1, 1, 1), frames, before)
         pair = torch.as_tensor(np.stack([before, frames], 1), device=device)
-        codes = model.policy(to_video(pair)).argmax(-1).cpu().numpy()
-        actions = (rng.random((len(codes), 1)) > limits[codes]).sum(1)
-        return actions.clip(max=table.shape[1] - 1), frames.copy()
+        # NOTE: several codes may mean one action, so the likeliest code need not mean the likeliest action: sum over
+        # codes first. The paper draws from the actions seen with a code; the clone of a player that errs is better
+        # without its errors.
+        actions = model.policy(to_video(pair)).softmax(-1) @ meaning  # (N, A)
+        return actions.argmax(-1).cpu().numpy(), frames.copy()
 
     return policy
 

@@ -256,7 +256,9 @@ def test_learning_rate():
         assert {n: g.learning_rate_of(full, part, n) for n in expected} == pytest.approx(expected)
     tok = {n: g.learning_rate_of(full, "tokenizer", n) for n in (0, 5_000, 10_000, 150_000, 299_999)}
     assert tok == pytest.approx({0: 0, 5_000: 1.5e-4, 10_000: 3e-4, 150_000: 3e-4, 299_999: 3e-4})
-    assert g.learning_rate_of(cpu, "lam", 50) == 3e-3 and g.learning_rate_of(cpu, "lam", 600) == pytest.approx(3e-4)
+    assert g.learning_rate_of(cpu, "lam", 50) == 3e-3 and g.learning_rate_of(
+        cpu, "lam", cpu.lam_updates
+    ) == pytest.approx(3e-4)
     assert g.learning_rate_of(cpu, "dynamics", 50) == 2e-3
 
 

@@ -40,8 +40,8 @@ RUNS = {
     "diamond-minatar": ("diamond", ["--preset", "cpu"], 0.5, 1.2, 1.0),
     # evaluated with gymnasium's own pictures; seeds 1 to 4: 197, 149, 231, 233; random -0.3 to 0.4, a C of zeros -38
     "ha2018-car": ("ha2018_carracing", ["--preset", "cpu"], None, 100.0, 30.0),
-    # steps that CartPole stands; C was evolved in the dream alone, V and M saw random play alone. Seeds 1 to 4: 137, 94,
-    # 103, 119; random 21 to 23
+    # steps that CartPole stands; C was evolved in the dream alone, V and M saw random play alone. Seeds 1 to 4: 137,
+    # 94, 103, 119; random 21 to 23
     "ha2018-dream": ("ha2018_carracing", ["--preset", "cpu_dream"], None, 60.0, 40.0),
     # the policy on latent actions, whose codes become real actions through 200 labelled transitions;
     # seed 1: 3.2 (demonstrator 4.0); random 0.3

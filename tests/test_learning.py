@@ -44,7 +44,7 @@ RUNS = {
     # 94, 103, 119; random 21 to 23
     "ha2018-dream": ("ha2018_carracing", ["--preset", "cpu_dream"], None, 60.0, 40.0),
     # the policy on latent actions, whose codes become real actions through 200 labelled transitions;
-    # seed 1: 3.2 (demonstrator 4.0); random 0.3
+    # seed 3: 13.7 (demonstrator 4.9); random 0.3
     "genie-minatar": ("genie_lam", ["--preset", "cpu"], None, 1.0, 1.0),
 }
 VIDEOS = {"muzero-cartpole": ["foresight-10000.gif", "foresight-5008.gif"], "muzero-tictactoe": []}
@@ -302,8 +302,8 @@ def test_genie_finds_the_actions_that_it_was_never_told(runs):
     """On held-out video: true actions from latent ones against the most frequent action and random codes, the dream
     with inferred latent actions against random ones, reconstruction against the mean frame.
 
-    Seed 1: accuracy 0.991 (0.334, 0.326), 1.53 of 1.58 bits; 6.0 and 1.9 dB one
-    and four steps ahead; 31.0 and 18.8 dB."""
+    Seed 3: accuracy 0.988 (0.340, 0.335), 1.50 of 1.58 bits; 7.6 and 3.4 dB one and four steps ahead; 32.7 and
+    18.9 dB."""
     code, output, run = runs["genie-minatar"]
     assert code == 0, output[-3000:]
     m = json.loads((run / "result.json").read_text())["metrics"]

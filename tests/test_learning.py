@@ -44,8 +44,8 @@ RUNS = {
     # 94, 103, 119; random 21 to 23
     "ha2018-dream": ("ha2018_carracing", ["--preset", "cpu_dream"], None, 60.0, 40.0),
     # the policy on latent actions, whose codes become real actions through 200 labelled transitions;
-    # seed 3: 13.7 (demonstrator 4.9); random 0.3
-    "genie-minatar": ("genie_lam", ["--preset", "cpu"], None, 1.0, 1.0),
+    # seeds 1 to 4: 6.6, 9.4, 13.7, 9.4 (demonstrator 4.8 to 5.8); random 0.3 to 0.4
+    "genie-minatar": ("genie_lam", ["--preset", "cpu"], None, 1.5, 1.0),
 }
 VIDEOS = {"muzero-cartpole": ["foresight-10000.gif", "foresight-5008.gif"], "muzero-tictactoe": []}
 
@@ -302,8 +302,8 @@ def test_genie_finds_the_actions_that_it_was_never_told(runs):
     """On held-out video: true actions from latent ones against the most frequent action and random codes, the dream
     with inferred latent actions against random ones, reconstruction against the mean frame.
 
-    Seed 3: accuracy 0.988 (0.340, 0.335), 1.50 of 1.58 bits; 7.6 and 3.4 dB one and four steps ahead; 32.7 and
-    18.9 dB."""
+    Seeds 1 to 4: accuracy 0.991, 0.992, 0.988, 0.995 (0.34, 0.33); 1.52, 1.52, 1.50, 1.54 of 1.58 bits; 5.8, 6.3, 7.6,
+    5.0 dB one step ahead, 3.3, 1.9, 3.4, 2.7 dB four steps ahead; 31.0, 30.3, 32.7, 28.4 dB (18.8)."""
     code, output, run = runs["genie-minatar"]
     assert code == 0, output[-3000:]
     m = json.loads((run / "result.json").read_text())["metrics"]

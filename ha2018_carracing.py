@@ -1344,7 +1344,7 @@ def car_racing(args):
 
 
 def take_cover(args):
-    """Take Cover with the settings of 2018 (card of the benchmark: 640x480, of which 400 rows are seen)."""
+    """Take Cover as the environment of 2018 set it up: 640x480 pixels, of which 400 rows are seen, drawn smaller."""
     import vizdoom.gymnasium_wrapper  # noqa: F401
 
     # NOTE: skill 4, whatever the 2018 source says: random play lives for 57 frames with 5 and for 207 with 4; the paper

@@ -395,8 +395,8 @@ def test_readme_explains_everything(script, monkeypatch):
     """Commands parse; every tag and every file of a run that uses everything is in its tables."""
     text = read("README.md")
     mine = [argv for path, argv in commands(text) if path == f"{NAME}.py"]
-    assert len(mine) >= 5 and not [x for argv in mine if (x := parse(NAME, argv, monkeypatch))]
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        assert len(mine) >= 5 and not [x for argv in mine if (x := parse(NAME, argv, patch))]
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     assert script.run(*DREAM, "--predict-reward", "--capture-video").code == 0
     run = only_run()

@@ -378,16 +378,29 @@ def script(request):
     return Script(request.param)
 
 
+@contextlib.contextmanager
+def largest_file(size):
+    """No file grows beyond `size` bytes in here: a full disk for this process and those it starts.
+
+    Lifted before the test ends, for pytest itself writes to a file when its output is kept in one.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
 @pytest.fixture(autouse=True)
 def clean(tmp_path, monkeypatch):
     """An empty working directory, and a process that is left as it was found."""
     monkeypatch.chdir(tmp_path)
     names = [s for s in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, s)]
     handlers = {s: signal.getsignal(getattr(signal, s)) for s in names}
-    limit, environ, hook = resource.getrlimit(resource.RLIMIT_FSIZE), dict(os.environ), threading.excepthook
+    environ, hook = dict(os.environ), threading.excepthook
     yield
     threading.excepthook = hook
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     for name, handler in handlers.items():
         signal.signal(getattr(signal, name), handler)
     os.environ.clear()
@@ -1212,8 +1225,8 @@ for i in range(20):
 def test_41_disk_full_at_a_checkpoint(script, trained):
     before = bytes_of(trained)
     next_second(trained)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["ckpt.pt"][0]) // 2, resource.RLIM_INFINITY))
-    result = script.call("--resume", trained, "--total-timesteps", "160")
+    with largest_file(len(before["ckpt.pt"][0]) // 2):
+        result = script.call("--resume", trained, "--total-timesteps", "160")
     assert result.code == 1
     assert (
         result.err.splitlines()[-1].startswith(f"could not write {trained}/ckpt.pt") and "Traceback" not in result.err
@@ -1225,12 +1238,10 @@ def test_41_disk_full_at_a_checkpoint(script, trained):
 
 def test_41_disk_full_leaves_the_run_resumable(script, trained):
     """Not even args.json can be written: the old one stays, and the run goes on once there is space."""
-    before, limit = bytes_of(trained), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = bytes_of(trained)
     next_second(trained)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (256, resource.RLIM_INFINITY))
-    with contextlib.suppress(OSError):
+    with largest_file(256), contextlib.suppress(OSError):
         assert script.call("--resume", trained, "--total-timesteps", "160").code == 1
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert bytes_of(trained)["args.json"][0] == before["args.json"][0]
     next_second(trained)
     assert script.call("--resume", trained, "--total-timesteps", "128").code == 0
@@ -1251,8 +1262,8 @@ def test_42_disk_full_for_events(script, trained):
     )
     learner = load(whole)["learner"]
     shutil.rmtree("runs")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    result = script.run(*argv)
+    with largest_file(limit):
+        result = script.run(*argv)
     assert result.code == 0, result.err
     warned = [
         line for line in (result.out + result.err).splitlines() if line.startswith("warning: could not write the logs")

@@ -28,6 +28,7 @@ from test_faults import (  # noqa: F401 (tests and fixtures that are collected h
     error_lines,
     finite,
     flat,
+    largest_file,
     load,
     next_second,
     only_run,
@@ -399,12 +400,10 @@ def test_39_two_processes_resume_one_run(script, trained):
 
 
 def test_41_disk_full(script, trained):
-    import resource
-
     before = bytes_of(trained)
     next_second(trained)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["ckpt.pt"][0]) // 2, resource.RLIM_INFINITY))
-    result = script.call("--resume", trained, *MORE)
+    with largest_file(len(before["ckpt.pt"][0]) // 2):
+        result = script.call("--resume", trained, *MORE)
     assert result.code == 1 and result.err.splitlines()[-1].startswith(f"could not write {trained}/ckpt.pt")
     after = bytes_of(trained)
     assert "Traceback" not in result.err and not [n for n in after if n.endswith(".tmp")]
@@ -412,10 +411,8 @@ def test_41_disk_full(script, trained):
 
 
 def test_41_disk_full_while_recording(script):
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
-    process = script.start(*script.tiny, *script.stub())
+    with largest_file(1024):
+        process = script.start(*script.tiny, *script.stub())
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "could not write" in err.splitlines()[-1] and "Traceback" not in err
 

@@ -1505,6 +1505,7 @@ class EnvPool:
         process, pipe = self.workers[w]
         try:
             if not pipe.poll(self.timeout):
+                process.kill()
                 raise EnvFault(f"environment process {w} did not answer for {self.timeout:g} s (--env-timeout)")
             answer = pipe.recv()
         except (EOFError, OSError):

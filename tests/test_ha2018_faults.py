@@ -82,17 +82,27 @@ def script():
     return Staged()
 
 
-@pytest.fixture(scope="session")
-def unbroken(script, tmp_path_factory):
-    """A finished run whose C was evolved in the dream; never written to again."""
-    home, folder = os.getcwd(), tmp_path_factory.mktemp("unbroken")
+def finished(script, folder, *argv):
+    home = os.getcwd()
     os.chdir(folder)
     try:
-        result = script.run(*DREAM)
+        result = script.run(*argv)
         assert result.code == 0, result.err
         return os.path.join(folder, only_run())
     finally:
         os.chdir(home)
+
+
+@pytest.fixture(scope="session")
+def unbroken(script, tmp_path_factory):
+    """A finished run whose C was evolved in the dream; never written to again."""
+    return finished(script, tmp_path_factory.mktemp("unbroken"), *DREAM)
+
+
+@pytest.fixture(scope="session")
+def unbroken_real(script, tmp_path_factory):
+    """The same where C was evolved in the environment."""
+    return finished(script, tmp_path_factory.mktemp("unbroken_real"))
 
 
 @pytest.fixture
@@ -551,17 +561,14 @@ def test_47_killed_and_resumed_is_as_if_unbroken(script, unbroken, what, n):
     as_if_unbroken(run, unbroken)
 
 
-@pytest.mark.parametrize("dream", [DREAM, []], ids=["dream", "real"])
+@pytest.mark.parametrize("flags, kind", [(DREAM, "unbroken"), ([], "unbroken_real")], ids=["dream", "real"])
 @pytest.mark.parametrize("points", [
     [("episode", 2)], [("update", 1), ("update", 4)], [("update", 13)], [("step", 60)], [("step", 75)], [("step", 4)],
 ], ids=str)  # fmt: skip
-def test_43_48_stopped_and_resumed_is_as_if_unbroken(script, tmp_path, monkeypatch, points, dream):
+def test_43_48_stopped_and_resumed_is_as_if_unbroken(script, request, monkeypatch, points, flags, kind):
     """SIGTERM anywhere: in collecting, in updates, in a generation, in the random baseline: nothing is lost or done
     twice."""
-    assert script.run(*dream).code == 0
-    os.rename("runs", "unbroken")
-    whole = os.path.join("unbroken", *os.listdir("unbroken"))
-    calls, waiting = {}, [*points]
+    whole, calls, waiting = request.getfixturevalue(kind), {}, [*points]
 
     def watch(owner, method, key):
         real = getattr(owner, method)
@@ -579,8 +586,8 @@ def test_43_48_stopped_and_resumed_is_as_if_unbroken(script, tmp_path, monkeypat
     watch(script.mod.FitLearner, "update", "update")
     watch(script.mod, "save_episode", "episode")
     watch(stub_env.StubEnv, "step", "step")
-    result = script.run(*dream)
-    if result.code == 0 and dream:
+    result = script.run(*flags)
+    if result.code == 0 and flags:
         pytest.skip(f"in the dream there are too few real steps for {points}")
     for _ in points:
         assert result.code == 143 and "Traceback" not in result.err, result.err
@@ -633,11 +640,10 @@ def test_49_parent_killed(script):
     (dict(shape_change_at=4), "failed at step 4: ValueError"),
 ])  # fmt: skip
 def test_50_53_54_environment_faults(script, faults, summary, workers):
-    process = script.start(*script.tiny, *script.stub(**faults), "--num-workers", workers)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1, err
-    last = err.splitlines()[-1]
-    assert "Traceback" in err and re.match(r"environment [01] ", last) and summary in last, err
+    result = script.run("--num-workers", workers, faults=faults)
+    assert result.code == 1, result.err
+    last = result.err.splitlines()[-1]
+    assert "Traceback" in result.err and re.match(r"environment [01] ", last) and summary in last, result.err
 
 
 def test_51_worker_killed(script):

@@ -702,9 +702,12 @@ def test_vit_base_on_jpegs(tmp_path, monkeypatch):
     write_images("data/train", 2, size=(500, 375))
     write_images("data/val", 1, size=(375, 500), seed=1)
     argv = (
-        "--dataset data --no-cuda --no-compile --num-threads 1 --batch-size 2 --total-steps 1 --num-workers 2 --knn-k 1"
+        "--dataset data --no-cuda --no-compile --num-threads 2 --batch-size 2 --total-steps 1 --num-workers 2 --knn-k 1"
     )
-    result = run(monkeypatch, *argv.split(), "--probe-images", 4, "--eval-images", 2, "--report-every", 0)
+    try:
+        result = run(monkeypatch, *argv.split(), "--probe-images", 4, "--eval-images", 2, "--report-every", 0)
+    finally:
+        torch.set_num_threads(1)
     (path,) = (tmp_path / "runs").iterdir()
     state = torch.load(path / "ckpt.pt", weights_only=True)
     assert sum(v.numel() for k, v in state["learner"]["model"].items() if k.startswith("encoder")) == 85_797_120
@@ -774,35 +777,25 @@ def test_games(monkeypatch):
 
 def test_two_processes_are_one(tmp_path):
     """torchrun with two processes over gloo: the losses and weights of one process on the same batches."""
-    argv = [
-        *TINY,
-        "--dataset",
-        "digits",
-        "--crop-scale",
-        "1,1",
-        "--crop-ratio",
-        "1,1",
-        "--mask-group",
-        4,
-        "--batch-size",
-        8,
-    ]
-    argv += ["--total-steps", 5, "--log-every", 1, "--micro-batch", 2]
-    found = []
+    words = "--dataset digits --crop-scale 1,1 --crop-ratio 1,1 --mask-group 4 --batch-size 8 --total-steps 5"
+    argv = [*map(str, TINY), *words.split(), "--log-every", "1", "--micro-batch", "2"]
+    found, started = [], []
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, words in (("one", [sys.executable]), ("two", launch)):
         (tmp_path / name).mkdir()
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [*words, os.path.join(ROOT, "ijepa.py"), *map(str, argv)]
-        done = subprocess.run(command, cwd=tmp_path / name, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (path,) = (tmp_path / name / "runs").iterdir()
-        lines = [x for x in done.stdout.splitlines() if x.startswith("global_step")]
+        command, pipes = [*words, os.path.join(ROOT, "ijepa.py"), *argv], dict(stdout=-1, stderr=-1, text=True)
+        started.append((tmp_path / name, subprocess.Popen(command, cwd=tmp_path / name, env=env, **pipes)))
+    for home, process in started:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+        (path,) = (home / "runs").iterdir()
+        lines = [x for x in out.splitlines() if x.startswith("global_step")]
         losses = [float(x.split("prediction=")[1].split(",")[0]) for x in lines]
         found.append(
             (losses, torch.load(path / "ckpt.pt", weights_only=True), json.loads((path / "result.json").read_text()))
         )
-    assert "2 processes, 4 images each" in done.stdout and len(found[0][0]) == 5
+    assert "2 processes, 4 images each" in out and len(found[0][0]) == 5
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-3) and len(set(found[0][0])) == 5
     for k, v in found[0][1]["learner"]["model"].items():
         assert torch.allclose(v, found[1][1]["learner"]["model"][k], atol=1e-5), k

@@ -2087,9 +2087,8 @@ class Logger:  # shared
             trackio.init(project=args.wandb_project_name, name=os.path.basename(run), config=vars(args), resume="allow")
         # track]
         self.writer = SummaryWriter(run, purge_step=purge_step)
-        hook = (
-            threading.excepthook
-        )  # a full disk kills the writer's thread; the next call below reports it, in one line
+        # A full disk kills the writer's thread; the next call below reports it, in one line.
+        hook = threading.excepthook
         threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else hook(e)
         if purge_step is None:
             table = "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())

@@ -1111,6 +1111,13 @@ def clip_starts(first, length):
     return np.flatnonzero(begun[length : length + n] == begun[1 : n + 1])
 
 
+def need_clips(video, args, name):
+    """Exit code 2 if no episode of this video, "test" or "demo", is as long as a clip."""
+    if not len(clip_starts(video["first"], args.seq_len)):
+        flag = {"test": "--test-timesteps", "demo": "--demo-steps"}[name]
+        fail(f"no episode of {args.seq_len} frames in the {name} video: lower --seq-len or raise {flag}")
+
+
 def save_shard(path, video):
     """A compressed .npz with frames (n, H, W, C) uint8, first (n,), action (n,); -1: none or unknown."""
     temp = path + ".tmp"
@@ -2280,9 +2287,8 @@ class Logger:  # shared
             trackio.init(project=args.wandb_project_name, name=os.path.basename(run), config=vars(args), resume="allow")
         # track]
         self.writer = SummaryWriter(run, purge_step=purge_step)
-        hook = (
-            threading.excepthook
-        )  # a full disk kills the writer's thread; the next call below reports it, in one line
+        # A full disk kills the writer's thread; the next call below reports it, in one line.
+        hook = threading.excepthook
         threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else hook(e)
         if purge_step is None:
             table = "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
@@ -2464,6 +2470,7 @@ def evaluate_run(args):
         envs = make_envs(args, args.num_envs, 7)
         video = film(envs, scripted_policy(args.recorder, envs, [args.seed, 7]), args.test_timesteps)
         envs.close()
+    need_clips(video, args, "test")
     metrics, _ = evaluate_world(model, video, args, parts)
     say_metrics(metrics)
     result = dict(metrics=metrics, updates=state["updates"], counts=state["counts"])
@@ -2618,6 +2625,7 @@ class Recorder:
             envs.close()
             if video is None:
                 return
+            need_clips(video, args, name)
             save_shard(self.path(name), video)
             done[name] = True
             if name == "demo":

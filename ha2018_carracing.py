@@ -1092,7 +1092,6 @@ class TakeCover(gym.Wrapper):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-
         self.folder = None
 
     def see(self, obs):
@@ -2400,9 +2399,8 @@ class Logger:  # shared
             trackio.init(project=args.wandb_project_name, name=os.path.basename(run), config=vars(args), resume="allow")
         # track]
         self.writer = SummaryWriter(run, purge_step=purge_step)
-        hook = (
-            threading.excepthook
-        )  # a full disk kills the writer's thread; the next call below reports it, in one line
+        # A full disk kills the writer's thread; the next call below reports it, in one line.
+        hook = threading.excepthook
         threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else hook(e)
         if purge_step is None:
             table = "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
@@ -3057,7 +3055,8 @@ def train(args):
         e.save()
         if args.stage == stage and e.stage != "done":
             logger.close()
-            say(f"stage {stage} is done; to go on: python {shlex.quote(sys.argv[0])} --resume {run} --stage all")
+            again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)} --stage all"
+            say(f"stage {stage} is done; to go on: {again}")
             return dict(run=run, stage=stage)
         if stop.signum:
             e.stopped()

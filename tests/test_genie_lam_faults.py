@@ -248,9 +248,23 @@ def test_57_stored_video(script, faults, length):
     assert max(len(f) for f, _ in found) == length + 1
 
 
-def test_55_episodes_shorter_than_a_clip(script):
-    result = script.run(faults=dict(length=1))
-    assert result.code == 2 and "no episode of 4 frames" in result.err and "Traceback" not in result.err
+@pytest.mark.parametrize("argv, flag", [
+    (["--test-timesteps", 2], "--test-timesteps"), (["--demo-steps", 4, "--label-steps", 4], "--demo-steps"),
+    (["--shard-steps", 4], "--seq-len"),
+])  # fmt: skip
+def test_55_episodes_shorter_than_a_clip(script, argv, flag):
+    usage_error_of_data(script.run(*argv), flag)
+
+
+def test_55_episodes_of_an_evaluation_shorter_than_a_clip(script, trained):
+    before = bytes_of(trained)
+    usage_error_of_data(script.call("--evaluate", trained, "--test-timesteps", 2), "--test-timesteps")
+    assert bytes_of(trained) == before
+
+
+def usage_error_of_data(result, flag):
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and "no episode of 4 frames" in line and flag in line
 
 
 def test_66_pictures(script):

@@ -13,7 +13,7 @@ representations, not pixels. The targets come from a moving average of the encod
 no decoder, there are no negatives and no hand-made views: masking, stop-gradient and the moving average have to do.
 
     python ijepa.py --dataset /data/imagenet                    # ViT-B/16, 600 epochs (train/ and val/ class folders)
-    python ijepa.py --preset cpu                                # real digits, two minutes on a laptop
+    python ijepa.py --preset cpu                                # real digits, three minutes on a laptop
     torchrun --standalone --nproc_per_node=8 ijepa.py --dataset /data/imagenet --preset vit_huge
     python ijepa.py --resume runs/NAME                          # go on, bit for bit on a CPU
     python ijepa.py --evaluate runs/NAME                        # linear probe, nearest neighbours, collapse, pictures
@@ -32,7 +32,7 @@ over held-out images and patches, 0.63 at the start; below 0.2 the probe is no b
   B with a predictor of width 64                                          0.52  0.08
   A with --target online: no stop-gradient, no moving average             0.00 after 130 updates
 So there is no single cause: the predictor has to keep up with the encoder, which takes both its rate and its width, and
-tokens must show some content next to their position. `--preset cpu` is A, twice as long.
+tokens must show some content next to their position. `--preset cpu` is A, three times as long.
 
 Paper [P], authors' released code [O] (facebookresearch/ijepa) and this file, where they are not all the same:
   * The targets are layer-normed without affine parameters, and the loss is the mean smooth L1, as [O]; [P] writes an
@@ -284,7 +284,7 @@ PRESETS = {
     "cpu": dict(
         dataset="digits", image_size=24, patch_size=4, embed_dim=64, depth=4, num_heads=4, pred_dim=64, pred_depth=2,
         patch_init=0.14, crop_scale="1,1", crop_ratio="1,1", min_keep=3, mask_corners="inclusive",
-        mask_truncate="random", mask_group=64, batch_size=64, total_steps=1_000, learning_rate=4e-4,
+        mask_truncate="random", mask_group=64, batch_size=64, total_steps=1_500, learning_rate=4e-4,
         predictor_lr=2e-3, start_lr=4e-5, final_lr=4e-5, warmup_epochs=0.16, weight_decay=0.05,
         final_weight_decay=0.05, ema=0.996, final_ema=0.996, probe_images=4_000, eval_images=3_000, knn_k=10,
         num_workers=0, num_threads=1, compile=False, save_every=250, report_every=250, log_every=25,

@@ -2737,8 +2737,16 @@ def train(args):
         plain |= dict(metrics={k: float(v) for k, v in metrics.items()}, learner=learner.state_dict())
         atomic_save(plain, os.path.join(run, "ckpt.pt"))
 
+    def part_ways():
+        """The last time that processes meet, when the first one has saved. NOTE: one that left alone might abort in
+        the threads of its connections, and torchrun would stop the others."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
     def stopped():
         """Leave after a stop signal, when the checkpoint is written."""
+        part_ways()
         if not rank:
             logger.close()
         again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)}"
@@ -2864,6 +2872,7 @@ def train(args):
             if args.report_every and counts[part] % args.report_every == 0 and not ending and not rank:
                 logger.scalars(report(), progress())
         seconds[part] = clock() - began
+    part_ways()
     if rank:
         return {}
 

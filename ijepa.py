@@ -2072,9 +2072,19 @@ def train(args):
         plain |= dict(random=random_found, images_per_epoch=len(train_set), learner=learner.state_dict())
         atomic_save(plain, f"{run}/ckpt.pt")
 
+    def part_ways():
+        """The last time that processes meet, when the first one has saved. NOTE: one that left alone might abort in
+        the threads of its connections, and torchrun would stop the others."""
+        # [optional: ddp
+        if world > 1:
+            dist.barrier(group=flags)
+            dist.destroy_process_group()
+        # ddp]
+
     def stopped():
         """Leave after a stop signal: save, say how to go on."""
         save()
+        part_ways()
         if logger:
             logger.close()
         again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run or '')}"
@@ -2169,11 +2179,7 @@ def train(args):
         if stop.signum:
             stopped()
         write_json(result, os.path.join(run, "result.json"))
-    # [optional: ddp
-    if world > 1:
-        dist.barrier(group=flags)
-        dist.destroy_process_group()
-    # ddp]
+    part_ways()
     if not rank:
         verdict(args, found, random_found)
     return result

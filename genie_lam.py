@@ -2758,7 +2758,9 @@ def train(args):
         if world > 1:
             number = torch.tensor(stop.signum, device=device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
-            stop.signum = int(number)
+            # NOTE: a signal that came while waiting is for the next time: the others do not know of it yet.
+            stop.signum = int(number) or stop.signum
+            return int(number)
         return stop.signum
 
     # Video: recorded by the first process, in shards that all can read.

@@ -2097,7 +2097,9 @@ def train(args):
         if world > 1:
             signum = torch.tensor(stop.signum)
             dist.all_reduce(signum, dist.ReduceOp.MAX, group=flags)
-            stop.signum = int(signum)
+            # NOTE: a signal that came while waiting is for the next time: the others do not know of it yet.
+            stop.signum = int(signum) or stop.signum
+            return int(signum)
         # ddp]
         return stop.signum
 

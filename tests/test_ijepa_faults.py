@@ -283,10 +283,11 @@ def test_25_processes_that_do_not_divide_the_batch(script, tmp_path):
 
 
 def test_26_43_one_process_of_two_dies_or_is_stopped(script):
-    """SIGTERM to torchrun stops both after the same update, with a checkpoint; after SIGKILL of one none is left."""
+    """SIGTERM to torchrun or to one process stops both after the same update, with a checkpoint; after SIGKILL of one
+    none is left."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     argv = [*script.tiny, *script.stub(), "--total-steps", 10**6, "--mask-group", 2]
-    for name in ("SIGTERM", "SIGKILL"):
+    for name in ("SIGTERM", "SIGTERM to one", "SIGKILL"):
         process = script.start(*argv, launcher=launcher)
         for line in process.stdout:
             if "global_step=32" in line:
@@ -299,8 +300,9 @@ def test_26_43_one_process_of_two_dies_or_is_stopped(script):
         else:
             children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
             (second,) = {int(x) for x in children.stdout.split()} - {first}
-            os.kill(second, signal.SIGKILL)
-        process.communicate(timeout=60)
+            os.kill(second, signal.SIGKILL if name == "SIGKILL" else signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+        assert ("stopped by signal 15 at step" in out) == (name != "SIGKILL")
         assert process.returncode != 0
         assert not os.path.exists(f"/proc/{first}")
         state = load(f"runs/{run}")

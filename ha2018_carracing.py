@@ -57,6 +57,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import io
 import json
 import math
 import os
@@ -665,8 +666,9 @@ def dream_chunk(model, s):
         logmix, mean, logstd, logit, reward = rnn.heads(h)
         z = sample_mdn(logmix, mean, logstd, temperature, uniform, eps)
         if rows is not None:  # back to their places; what is dead is never looked at again
-            place = lambda v: v.new_zeros(P * R, *v.shape[1:]).index_copy(0, rows, v).unflatten(0, (P, R))  # noqa: B023, E731
-            z, c, h, logit, reward = (v if v is None else place(v) for v in (z, c, h, logit, reward))
+            whole = lambda v, i=rows: v.new_zeros(P * R, *v.shape[1:]).index_copy(0, i, v)  # noqa: E731
+            place = lambda v, whole=whole: None if v is None else whole(v).unflatten(0, (P, R))  # noqa: E731
+            z, c, h, logit, reward = (place(v) for v in (z, c, h, logit, reward))
         gain = 1.0 if reward is None else reward * model.reward_scale
         score = score + alive * s["count"][t] * gain
         if logit is not None:
@@ -804,10 +806,16 @@ def save_episode(path, episode):
         raise SystemExit(f"could not write {path} ({type(e).__name__}: {e})") from None
 
 
+HEADERS = threading.Lock()
+
+
 def load_episode(path, *names):
     try:
-        with np.load(path, allow_pickle=False) as f:
-            return {k: f[k] for k in names}
+        with zipfile.ZipFile(path) as f:
+            raw = {k: f.read(k + ".npy") for k in names}  # zlib lets other threads run
+        # NOTE: numpy parses headers with `ast`, which Python 3.11 must not do in two threads at once (SystemError).
+        with HEADERS:
+            return {k: np.lib.format.read_array(io.BytesIO(v), allow_pickle=False) for k, v in raw.items()}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise SystemExit(f"{path} is damaged ({type(e).__name__}): delete it and go on with --stage collect") from None
 
@@ -1504,7 +1512,7 @@ class EnvPool:
         process, pipe = self.workers[w]
         try:
             if not pipe.poll(self.timeout):
-                process.kill()
+                process.kill()  # a process that hangs does not hear that it should close
                 raise EnvFault(f"environment process {w} did not answer for {self.timeout:g} s (--env-timeout)")
             answer = pipe.recv()
         except (EOFError, OSError):
@@ -1853,7 +1861,8 @@ def open_loop(model, episodes, context=5, horizon=30):
     real, recon = batch["frames"], torch.stack([model.show(m) for m in mu])
     as_float = lambda x: x.float() / 255  # noqa: E731
     mean = lambda error, mask: float((error * mask).sum() / mask.sum().clamp(min=1))  # noqa: E731
-    square = lambda a, b: torch.stack([((as_float(x) - as_float(y)) ** 2).flatten(1).mean(1) for x, y in zip(a, b)])  # noqa: E731
+    apart = lambda x, y: ((as_float(x) - as_float(y)) ** 2).flatten(1).mean(1)  # noqa: E731
+    square = lambda a, b: torch.stack([apart(x, y) for x, y in zip(a, b)])  # noqa: E731
     total = sum((as_float(f) * m.view(-1, 1, 1, 1)).sum(0) for f, m in zip(real, shown)) / shown.sum()
     average = (total * 255).expand(T + 1, n, 64, 64, 3)
     errors = {"posterior_mse": mean(square(recon, real), shown), "mean_frame_mse": mean(square(average, real), shown)}

@@ -256,6 +256,10 @@ def test_55_episodes_shorter_than_a_clip(script, argv, flag):
     usage_error_of_data(script.run(*argv), flag)
 
 
+def test_55_episodes_that_end_at_once(script):
+    usage_error_of_data(script.run(faults=dict(length=1)), "--seq-len")
+
+
 def test_55_episodes_of_an_evaluation_shorter_than_a_clip(script, trained):
     before = bytes_of(trained)
     usage_error_of_data(script.call("--evaluate", trained, "--test-timesteps", 2), "--test-timesteps")

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch>=2.11,<2.14", "numpy>=2", "tyro>=1", "tensorboard>=2.20", "pillow>=10", "ale-py>=0.11", "minatar>=1.0.15",
-#     "gymnasium[box2d,classic-control]>=1.2,<2",
+#     "gymnasium[box2d,classic-control]>=1.3,<2",
 # ]
 # ///
 """Genie: Generative Interactive Environments.
@@ -251,7 +251,7 @@ class Args:
     # ---- Bridge to real actions
     label_steps: int = 0
     """labelled transitions that map latent to real actions (app. E: 200; 0: no policy is trained)"""
-    demonstrator: str = "breakout"
+    demonstrator: str = "random"
     """who plays the unlabelled videos that the policy imitates, as in --recorder"""
     demo_steps: int = 20_000
     """agent steps of these videos"""
@@ -331,7 +331,7 @@ PRESETS = {
         num_actions=8, lam_patch=2, lam_layers=1, lam_dim=64, lam_heads=4, lam_pair_input=True, lam_shift=True,
         lam_residual=True, lam_reset=0.2, recon_scale=30.0, dyn_layers=2, dyn_dim=64, dyn_heads=4,
         maskgit_steps=8, token_temperature=0.0, temperature=0.0,
-        label_steps=200, demo_steps=10_000, policy_layers=1, policy_dim=64, policy_updates=600,
+        label_steps=200, demo_steps=10_000, demonstrator="breakout", policy_layers=1, policy_dim=64, policy_updates=600,
         tok_updates=320, tok_batch_size=32, tok_learning_rate=3e-3, tok_warmup=50, tok_lr_floor=0.1,
         lam_updates=900, dyn_updates=700, batch_size=32, learning_rate=2e-3, lam_learning_rate=3e-3, warmup_updates=50,
         compile=False, num_threads=1, log_every=50, save_every=200, report_every=0, eval_episodes=20,
@@ -1978,15 +1978,15 @@ def say(text):  # shared
 
 def parse_args(cls, presets, description):  # shared
     """Command line -> cls. Defaults: --preset, or the run given to --resume, --evaluate or --play. Flags win."""
-    words, defaults = [w for a in sys.argv[1:] for w in a.split("=", 1)], {}
-    given = {w: words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith("--")}
+    words = [w for a in sys.argv[1:] for w in a.split("=", 1)]
+    given = {w.replace("_", "-"): v for w, v in zip(words, words[1:]) if w.startswith("--")}
     run = next((given[f] for f in ("--resume", "--evaluate", "--play") if f in given), None)
-    if run is not None:
-        defaults = load_args(run)
-        defaults |= {"resume": None, "evaluate": None, "play": None}
-    elif given.get("--preset") in presets:
-        defaults = {"preset": given["--preset"], **presets[given["--preset"]]}
-    known = {f.name for f in fields(cls)}
+    defaults = {"preset": given["--preset"], **presets[given["--preset"]]} if given.get("--preset") in presets else {}
+    known, names = {f.name for f in fields(cls)}, ("env_kwargs", "action_repeat", "episode_steps", "demonstrator")
+    own = defaults.get("env_id", getattr(cls, "env_id", "")).split("/")[0]
+    if given.get("--env-id", own).split("/")[0] != own:  # what a preset says about an environment is for its family
+        defaults = {k: v for k, v in defaults.items() if not k.endswith(names)}
+    defaults = load_args(run) | dict.fromkeys(("resume", "evaluate", "play")) if run is not None else defaults
     if hasattr(signal, "SIGPIPE"):  # `--help | head` ends quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     args = tyro.cli(cls, description=description, default=cls(**{k: v for k, v in defaults.items() if k in known}))

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch>=2.11,<2.14", "numpy>=2", "tyro>=1", "tensorboard>=2.20", "pillow>=10", "cma>=4", "ale-py>=0.11",
-#     "minatar>=1.0.15", "gymnasium[box2d,classic-control]>=1.2,<2", "dm_control==1.0.50", "mujoco==3.17.0",
+#     "minatar>=1.0.15", "gymnasium[box2d,classic-control]>=1.3,<2", "dm_control==1.0.50", "mujoco==3.17.0",
 #     "vizdoom>=1.3",
 # ]
 # ///
@@ -2089,15 +2089,15 @@ def say(text):  # shared
 
 def parse_args(cls, presets, description):  # shared
     """Command line -> cls. Defaults: --preset, or the run given to --resume, --evaluate or --play. Flags win."""
-    words, defaults = [w for a in sys.argv[1:] for w in a.split("=", 1)], {}
-    given = {w: words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith("--")}
+    words = [w for a in sys.argv[1:] for w in a.split("=", 1)]
+    given = {w.replace("_", "-"): v for w, v in zip(words, words[1:]) if w.startswith("--")}
     run = next((given[f] for f in ("--resume", "--evaluate", "--play") if f in given), None)
-    if run is not None:
-        defaults = load_args(run)
-        defaults |= {"resume": None, "evaluate": None, "play": None}
-    elif given.get("--preset") in presets:
-        defaults = {"preset": given["--preset"], **presets[given["--preset"]]}
-    known = {f.name for f in fields(cls)}
+    defaults = {"preset": given["--preset"], **presets[given["--preset"]]} if given.get("--preset") in presets else {}
+    known, names = {f.name for f in fields(cls)}, ("env_kwargs", "action_repeat", "episode_steps", "demonstrator")
+    own = defaults.get("env_id", getattr(cls, "env_id", "")).split("/")[0]
+    if given.get("--env-id", own).split("/")[0] != own:  # what a preset says about an environment is for its family
+        defaults = {k: v for k, v in defaults.items() if not k.endswith(names)}
+    defaults = load_args(run) | dict.fromkeys(("resume", "evaluate", "play")) if run is not None else defaults
     if hasattr(signal, "SIGPIPE"):  # `--help | head` ends quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     args = tyro.cli(cls, description=description, default=cls(**{k: v for k, v in defaults.items() if k in known}))

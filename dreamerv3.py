@@ -2,7 +2,8 @@
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch>=2.11,<2.14", "numpy>=2", "tyro>=1", "tensorboard>=2.20", "pillow>=10", "ale-py>=0.11", "minatar>=1.0.15",
-#     "gymnasium[box2d,classic-control]>=1.2,<2", "dm_control==1.0.50", "mujoco==3.17.0",
+#     "gymnasium[box2d,classic-control]>=1.3,<2", "shimmy>=2.0.1,<3", "imageio", "packaging", "dm_control==1.0.50",
+#     "mujoco==3.17.0",
 # ]
 # ///
 """DreamerV3: Mastering Diverse Control Tasks through World Models.
@@ -12,37 +13,26 @@ A recurrent state-space model (RSSM) learns from replayed sequences to compress 
 to predict them, the reward and the end of the episode. An actor and a critic learn only from rollouts that the model
 imagines. One set of hyperparameters for all domains; only the model size and the train ratio vary.
 
-    python dreamerv3.py --env-id ALE/Pong-v5                          # the 200M model at full settings, on a GPU
-    python dreamerv3.py --preset cpu                                  # CartPole-v1 on a laptop, minutes
-    python dreamerv3.py --preset atari100k --env-id ALE/Boxing-v5     # other presets: see PRESETS
-    python dreamerv3.py --resume runs/NAME                            # go on, bit for bit on a CPU
-    python dreamerv3.py --evaluate runs/NAME                          # returns of fresh episodes
-    python dreamerv3.py --play runs/NAME                              # play inside the learned world
+    python dreamerv3.py --env-id ALE/Pong-v5                      # the 200M model at full settings, on a GPU
+    python dreamerv3.py --preset cpu                              # CartPole-v1 on a laptop, minutes
+    python dreamerv3.py --preset cpu --env-id my_module:MyEnv-v0  # your environment, on a laptop
+    python dreamerv3.py --preset cpu_pixels                       # MinAtar Breakout from 16x16 pixels, on a laptop
+    python dreamerv3.py --preset atari100k --env-id ALE/Krull-v5  # 400K frames; atari: 200M frames
+    python dreamerv3.py --preset dmc_proprio                      # walker-walk from its state; dmc_vision: from pixels
+    python dreamerv3.py --resume runs/NAME                        # go on, bit for bit on a CPU
+    python benchmarks/evaluate.py runs/NAME                       # then dreams.py, play.py: what it dreams
 
-Measured: see the README's result table; every row has its command, commit, hardware and seeds.
-
-Differences from the paper and the authors' code, each with its reason:
-  * Unfinished episodes are cut (stored as truncated) at every scheduled checkpoint, so that a resumed run repeats the
-    unbroken one exactly. `--save-every` sets how often.
-  * A finished episode adds its last observation as one more row, so environments advance at different rates in replay;
-    the authors' driver spends a step on it. Agent steps are counted without that row.
-  * Nearest x2 upsampling followed by a 5x5 convolution is computed as one 3x3 convolution (same function, see UpConv).
+Deviations from the paper and the authors' code (reasons and details: docs/dreamerv3.md):
+  * The last observation of an episode is one more row of replay; the authors' driver spends an agent step on it.
+  * Nearest x2 upsampling and 5x5 convolution are computed as one 3x3 convolution (same function, see UpConv).
   * Latents are written back to replay in the same update; the authors' come one update late (asynchronous transfers).
-  * `actor_unimix` is 1 % as in the paper; the authors' code has 0 for discrete policies. `--actor-unimix 0` mirrors it.
-  * The default replay holds 2M rows instead of 5M, which no single GPU can hold beside the 200M model.
+  * `actor_unimix` is 1 % as in the paper; the authors' code has 0 for discrete policies (`--actor-unimix 0`).
+  * Replay holds 2M rows instead of 5M, which no single GPU can hold beside the 200M model.
   * The first update comes after `--learning-starts` agent steps; the authors wait for as many sequences in replay.
   * Atari's limit of 108,000 frames is a truncation here; the authors store it as a terminal state.
   * Acting runs in float32, the authors' in bfloat16.
-  * Presets follow the authors' configuration where it differs from the paper's table: see PRESETS.
-
-What the earlier versions did differently. DreamerV1 (2020): 30 Gaussian latents, plain GRU, one KL with 3 free nats,
-the actor trained by backpropagation through the dynamics, no target critic. DreamerV2 (2021): 32x32 categorical
-latents without unimix, KL balancing 0.8/0.2, REINFORCE on Atari and dynamics backpropagation on control, MSE heads, a
-hard-copied target critic. The 2023 preprint of V3: dense LayerNorm GRU, Adam with global clipping, bins uniform in
-symlog space, no replay critic loss, no latents in replay. This file is the current algorithm.
-
-The algorithm is in the parts Maths, Networks, Losses and Replay and in the loop of `train`; a reader may stop there.
-The rest of the file makes it usable alone: environments, evaluation and dreams, checkpoints, checked flags.
+The 2023 preprint of V3 was another algorithm: dense LayerNorm GRU, Adam with global clipping, bins uniform in symlog
+space, no replay critic loss, no latents in replay. V1 and V2: see docs/dreamerv3.md.
 
 Symbols in shape comments:
   B  batch (replayed sequences)       A  action dimensions             D  deterministic state h (deter)
@@ -50,29 +40,27 @@ Symbols in shape comments:
   N  imagined rollouts, environments  U  units of an MLP               C  classes per group
   H  imagination horizon              K  bins of a two-hot head        G  blocks of the block-diagonal GRU
   F  feature = D + S*C                X  hidden width of the RSSM
-Time convention, everywhere: row t holds observation t, the reward that came WITH it, its flags, and the action taken
-AFTER seeing it. The action that led to row t is therefore action[t-1]; `is_first[t]` means that nothing before t
-counts.
+Time: row t holds observation t, the reward that came WITH it, its flags, and the action taken AFTER seeing it. The
+action that led to row t is therefore action[t-1]; `is_first[t]` means that nothing before t counts.
 """
 
 import copy
 import ctypes
+import importlib
 import json
 import math
 import os
-import platform
-import random
-import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections import deque
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from types import SimpleNamespace
 from typing import Literal, Optional
 
 import gymnasium as gym
@@ -80,236 +68,133 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from gymnasium import spaces
 from PIL import Image
 from torch import nn
 
 # ---- Args and presets ------------------------------------------------------------------------------------------------
 
 
-# A default without an equation is the authors' configuration of May 2026, which is the paper's hyperparameter table
-# unless the docstring above lists the difference.
+# A default without an equation is the authors' configuration of May 2026, which is the paper's table of hyperparameters
+# unless the docstring lists the difference.
+# fmt: off
+Preset = Literal["full", "cpu", "cpu_pixels", "atari100k", "atari", "dmc_proprio", "dmc_vision"]
+Size = Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"]
+
+
 @dataclass
 class Args:
-    # ---- Experiment
-    exp_name: str = "dreamerv3"
-    """name of the experiment, part of the run directory"""
-    preset: Literal["full", "cpu", "cpu_pixels", "atari100k", "atari", "dmc_proprio", "dmc_vision", "crafter"] = "full"
-    """named settings; explicit flags win over them"""
-    seed: int = 1
-    """seed of everything random: networks, noise, replay, environments"""
-    torch_deterministic: bool = True
-    """deterministic cuDNN kernels"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    compile: bool = True
-    """torch.compile the recurrent steps, and on a GPU capture the whole update in a CUDA graph"""
-    bf16: bool = True
-    """compute in bfloat16 on a GPU (parameters, losses, statistics stay float32); on a CPU always float32"""
-    num_threads: Optional[int] = None
-    """CPU threads of torch (default: torch's own choice)"""
-    track: Optional[Literal["wandb", "trackio"]] = None
-    """also send the curves to this tracker (needs its package)"""
-    wandb_project_name: str = "world-models"
-    """project name for --track"""
-    wandb_entity: Optional[str] = None
-    """team for --track wandb"""
-    capture_video: bool = False
-    """write one episode of the final evaluation as a GIF"""
-    save_every: int = 100_000
-    """agent steps between checkpoints; unfinished episodes are cut there (see the docstring)"""
-    save_replay: bool = True
-    """keep the replay in the checkpoint; without it --resume starts with an empty one and is not bit-exact"""
-    resume: Optional[str] = None
-    """run directory to continue"""
-    evaluate: Optional[str] = None
-    """run directory to evaluate, nothing is trained"""
-    play: Optional[str] = None
-    """run directory whose dream is played with the keyboard"""
-    target_return: Optional[float] = None
-    """exit with code 1 if the final evaluation stays below this"""
-
-    # ---- Environment
-    env_id: str = "ALE/Pong-v5"
-    """any gymnasium id, `module:Id-v0`, `dm_control/<domain>-<task>-v0`, `Crafter-v1`"""
-    env_kwargs: str = "{}"
-    """JSON object passed to gymnasium.make"""
-    total_timesteps: int = 10_000_000
-    """agent steps, summed over environments"""
-    num_envs: int = 16
-    """environments in lockstep"""
-    action_repeat: Optional[int] = None
-    """environment steps per agent step (default: 4 for Atari, else 1)"""
-    pixels: bool = False
-    """observe rendered images instead of the environment's own observation"""
-    image_size: int = 64
-    """images are resized to this many pixels per side"""
-    grayscale: bool = False
-    """Atari in grey instead of RGB"""
-    sticky_actions: float = 0.25
-    """Atari: probability that the emulator repeats the previous action"""
-    full_action_space: bool = False
-    """Atari: all 18 actions instead of the game's minimal set"""
-    noop_max: int = 30
-    """Atari: up to this many no-ops at the start of an episode"""
-    max_episode_steps: Optional[int] = None
-    """agent steps after which an episode is truncated, at most the environment's own limit (default: that limit)"""
-
-    # ---- World model
-    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"
-    """model size (the paper's table of model sizes); the flags below that are None come from it"""
-    deter: Optional[int] = None
-    """D, units of the recurrent state"""
-    hidden: Optional[int] = None
-    """X, hidden width of the RSSM"""
-    units: Optional[int] = None
-    """U, width of encoder, decoder and heads"""
-    cnn_depth: Optional[int] = None
-    """channel multiplier of the convolutions"""
-    classes: Optional[int] = None
-    """C, classes per latent"""
-    stoch: int = 32
-    """S, number of categorical latents"""
-    blocks: int = 8
-    """G, blocks of the GRU"""
-    mlp_layers: int = 3
-    """layers of the vector encoder and decoder"""
-    bins: int = 255
-    """K, atoms of the reward and value distributions (odd)"""
-    unimix: float = 0.01
-    """share of the uniform distribution in every latent"""
-    kl_free: float = 1.0
-    """free nats per time step (eq. 3)"""
-    dyn_scale: float = 1.0
-    """weight of the dynamics loss (eq. 2)"""
-    rep_scale: float = 0.1
-    """weight of the representation loss (eq. 2)"""
-
-    # ---- Behavior
-    gamma: float = 1 - 1 / 333
-    """discount, learned into the continue head (horizon 333)"""
-    return_lambda: float = 0.95
-    """lambda of the returns (eq. 5)"""
-    imag_horizon: int = 15
-    """H, imagined steps"""
-    imag_starts: Optional[int] = None
-    """replayed states to imagine from, drawn at random (default: all B*T)"""
-    ent_coef: float = 3e-4
-    """entropy scale of the actor (eq. 6)"""
-    actor_unimix: float = 0.01
-    """share of the uniform distribution in a discrete policy"""
-    retnorm_rate: float = 0.01
-    """update rate of the return percentiles (eq. 7)"""
-    retnorm_limit: float = 1.0
-    """returns are never scaled up beyond this range (eq. 7)"""
-    tau: float = 0.02
-    """update rate of the slow critic"""
-    slow_reg: float = 1.0
-    """weight of the critic's regulariser towards the slow critic"""
-    repval_scale: float = 0.3
-    """weight of the critic loss on replayed states"""
-
-    # ---- Optimization
-    buffer_size: int = 2_000_000
-    """replay capacity in rows, summed over environments (the paper has 5M, 143 GB at 200M parameters and 64x64 images);
-    never more is allocated than --total-timesteps can fill"""
-    replay_cuda: bool = True
-    """keep the replay on the GPU if it fits there, otherwise in host memory"""
-    learning_starts: int = 1024
-    """agent steps before the first update"""
-    train_ratio: float = 32.0
-    """replayed rows trained on per agent step (B*T rows per update)"""
-    batch_size: int = 16
-    """B"""
-    batch_length: int = 64
-    """T; one more row is drawn as context"""
-    learning_rate: float = 4e-5
-    """of the one LaProp optimizer"""
-    warmup_updates: int = 1000
-    """linear learning-rate warm-up from 0"""
-    agc_clip: float = 0.3
-    """adaptive gradient clipping: gradient norm at most this times the parameter norm"""
-    beta1: float = 0.9
-    """LaProp momentum"""
-    beta2: float = 0.999
-    """LaProp second moment"""
-
-    # ---- Evaluation and logging
-    eval_episodes: int = 10
-    """episodes of the final evaluation, of --evaluate and of the random baseline"""
-    eval_greedy: bool = False
-    """evaluate the most likely action; the published scores are of sampled actions"""
-    log_every: int = 1000
-    """agent steps between log lines"""
-    report_every: int = 50_000
-    """agent steps between open-loop reports on fresh episodes (0: never)"""
+    # Experiment
+    env_id: str = "ALE/Pong-v5"  # any gymnasium id: ALE/, MinAtar/, dm_control/walker-walk-v0, my_module:MyEnv-v0
+    preset: Preset = "full"  # named settings, explained above; explicit flags win over them
+    total_timesteps: int = 10_000_000  # agent steps, summed over environments
+    seed: int = 1  # seed of everything random: networks, noise, replay, environments
+    resume: Optional[str] = None  # run directory to continue
+    target_return: Optional[float] = None  # exit with code 1 if the final evaluation stays below this
+    size: Size = "200m"  # model size (the paper's table of sizes); deter, hidden, units ... come from it where None
+    train_ratio: float = 32.0  # replayed rows trained on per agent step (B*T rows per update)
+    cuda: bool = True  # use the GPU if there is one
+    compile: bool = True  # torch.compile the recurrent steps, and on a GPU capture the whole update in a CUDA graph
+    bf16: bool = True  # compute in bfloat16 on a GPU (parameters, losses, statistics stay float32)
+    num_threads: Optional[int] = None  # CPU threads (None: torch's own choice)
+    exp_name: str = "dreamerv3"  # part of the run directory's name
+    torch_deterministic: bool = True  # deterministic kernels
+    track: Optional[str] = None  # project of Weights and Biases that gets the curves too (needs wandb)
+    log_every: int = 1000  # agent steps between log lines
+    save_every: int = 100_000  # agent steps between checkpoints
+    eval_episodes: int = 10  # episodes of the final evaluation and of the random baseline
+    eval_greedy: bool = False  # evaluate the most likely action; the published scores are of sampled actions
+    # Environment
+    num_envs: int = 16  # environments in lockstep
+    env_kwargs: str = "{}"  # JSON object passed to gymnasium.make
+    action_repeat: Optional[int] = None  # environment steps per agent step (None: 4 for Atari, else 1)
+    max_episode_steps: Optional[int] = None  # agent steps after which an episode is truncated (None: the environment's)
+    pixels: bool = False  # observe rendered images instead of the environment's own observation
+    image_size: int = 64  # images are resized to this many pixels per side
+    grayscale: bool = False  # Atari in grey instead of RGB
+    sticky_actions: float = 0.25  # Atari: probability that the emulator repeats the previous action
+    full_action_space: bool = False  # Atari: all 18 actions instead of the game's minimal set
+    noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
+    # World model
+    deter: Optional[int] = None  # D, units of the recurrent state
+    hidden: Optional[int] = None  # X, hidden width of the RSSM
+    units: Optional[int] = None  # U, width of encoder, decoder and heads
+    cnn_depth: Optional[int] = None  # channel multiplier of the convolutions
+    classes: Optional[int] = None  # C, classes per latent
+    stoch: int = 32  # S, number of categorical latents
+    blocks: int = 8  # G, blocks of the GRU
+    mlp_layers: int = 3  # layers of the vector encoder and decoder
+    bins: int = 255  # K, atoms of the reward and value distributions (odd)
+    unimix: float = 0.01  # share of the uniform distribution in every latent
+    kl_free: float = 1.0  # free nats per time step (eq. 3)
+    dyn_scale: float = 1.0  # weight of the dynamics loss (eq. 2)
+    rep_scale: float = 0.1  # weight of the representation loss (eq. 2)
+    # Behavior
+    gamma: float = 1 - 1 / 333  # discount, learned into the continue head (horizon 333)
+    return_lambda: float = 0.95  # lambda of the returns (eq. 5)
+    imag_horizon: int = 15  # H, imagined steps
+    imag_starts: Optional[int] = None  # replayed states to imagine from, drawn at random (None: all B*T)
+    ent_coef: float = 3e-4  # entropy scale of the actor (eq. 6)
+    actor_unimix: float = 0.01  # share of the uniform distribution in a discrete policy
+    tau: float = 0.02  # update rate of the slow critic
+    repval_scale: float = 0.3  # weight of the critic loss on replayed states
+    # Optimization
+    buffer_size: int = 2_000_000  # replay capacity in rows, summed over environments (the paper: 5M, 143 GB)
+    replay_cuda: bool = True  # keep the replay on the GPU if it fits there, otherwise in host memory
+    learning_starts: int = 1024  # agent steps before the first update
+    batch_size: int = 16  # B
+    batch_length: int = 64  # T; one more row is drawn as context
+    learning_rate: float = 4e-5  # of the one LaProp optimizer
+    warmup_updates: int = 1000  # linear learning-rate warm-up from 0
+    agc_clip: float = 0.3  # adaptive gradient clipping: gradient norm at most this times the parameter norm
 
 
-# fmt: off
-# Budgets, ratios and preprocessing of the published benchmarks, as in the authors' configuration (May 2026); the
-# paper's table has ratio 128 for Atari100k. total_timesteps counts agent steps: frames / action_repeat.
-PRESETS = {
-    "full": {},
+# Budgets, ratios and preprocessing of the published benchmarks as in the authors' configuration; the paper's table has
+# ratio 128 for Atari100k. total_timesteps counts agent steps: frames / action_repeat.
+WALKER = dict(env_id="dm_control/walker-walk-v0", total_timesteps=1_000_000, action_repeat=1, buffer_size=1_050_000)
+PRESETS = dict(
+    full=dict(),
     # A laptop: 176 thousand parameters, a learning rate for hundreds of updates instead of millions, short sequences
     # because the recurrent steps are the cost on a CPU.
-    "cpu": dict(
+    # NOTE: not the paper's: imag_starts, few bins and classes, and more entropy, without which some seeds settle for a
+    # cart that drifts out of sight after 160 steps.
+    cpu=dict(
         env_id="CartPole-v1", total_timesteps=8_000, num_envs=4, deter=128, hidden=64, units=64, cnn_depth=8, classes=8,
-        stoch=8, mlp_layers=2, bins=63, batch_size=16, batch_length=16, imag_starts=128, learning_rate=5e-4,
-        warmup_updates=100, train_ratio=64, learning_starts=400, buffer_size=50_000, compile=False, num_threads=1,
-        image_size=16, log_every=400, report_every=4_000, save_every=4_000,
-    ),
-    "atari100k": dict(
+        stoch=8, mlp_layers=2, bins=63, batch_length=16, imag_starts=128, learning_rate=5e-4, warmup_updates=100,
+        train_ratio=64, ent_coef=1e-3, learning_starts=400, buffer_size=50_000, compile=False, num_threads=1,
+        image_size=16, log_every=400, save_every=4_000),
+    atari100k=dict(
         env_id="ALE/Boxing-v5", total_timesteps=100_000, num_envs=1, train_ratio=256, sticky_actions=0.0,
-        buffer_size=110_000, save_every=25_000, report_every=10_000,
-    ),
+        buffer_size=110_000, save_every=25_000),
     # NOTE: 3M rows instead of the published 5M: 77 GB (25.6 KB per row), which leaves room on a GPU of 139 GiB.
-    "atari": dict(
-        total_timesteps=50_000_000, num_envs=16, train_ratio=32, image_size=96, grayscale=True, full_action_space=True,
-        buffer_size=3_000_000, save_every=1_000_000, report_every=500_000,
-    ),
-    "dmc_proprio": dict(
-        env_id="dm_control/walker-walk-v0", size="1m", total_timesteps=1_000_000, train_ratio=1024, action_repeat=1,
-        buffer_size=1_050_000,
-    ),
-    "dmc_vision": dict(
-        env_id="dm_control/walker-walk-v0", pixels=True, total_timesteps=1_000_000, train_ratio=256, action_repeat=1,
-        buffer_size=1_050_000,
-    ),
-    "crafter": dict(
-        env_id="Crafter-v1", total_timesteps=1_000_000, num_envs=1, train_ratio=512, buffer_size=1_050_000,
-    ),
-}
+    atari=dict(
+        total_timesteps=50_000_000, image_size=96, grayscale=True, full_action_space=True, buffer_size=3_000_000,
+        save_every=1_000_000),
+    dmc_proprio=WALKER | dict(size="1m", train_ratio=1024),
+    dmc_vision=WALKER | dict(pixels=True, train_ratio=256),
+)
 # The image path on a laptop: MinAtar drawn as 16x16 RGB, so two convolution stages instead of four.
 PRESETS["cpu_pixels"] = PRESETS["cpu"] | dict(
     env_id="MinAtar/Breakout-v1", env_kwargs='{"difficulty_ramping": false}', pixels=True, num_envs=8, train_ratio=32,
     total_timesteps=18_000, learning_starts=1_000, learning_rate=4e-4, ent_coef=3e-3, log_every=1_000,
-    report_every=6_000, save_every=9_000, eval_episodes=20,
-)
-# Allowed values, both ends included; checked before anything is created. Fields that are None are skipped.
-RANGES = {
-    **dict.fromkeys(
-        "num_threads save_every total_timesteps num_envs action_repeat max_episode_steps deter hidden units cnn_depth "
-        "classes stoch blocks mlp_layers imag_horizon imag_starts buffer_size learning_starts batch_size batch_length "
-        "eval_episodes log_every".split(), (1, math.inf),
-    ),
-    **dict.fromkeys("kl_free dyn_scale rep_scale ent_coef slow_reg repval_scale report_every".split(), (0, 1e9)),
-    **dict.fromkeys("sticky_actions unimix actor_unimix gamma return_lambda tau retnorm_rate".split(), (0, 1)),
-    **dict.fromkeys("beta1 beta2".split(), (0, 0.999999)),
-    **{"seed": (0, 2**32 - 1), "noop_max": (0, 1000), "image_size": (8, 256), "bins": (3, 4095)},
-    **{"learning_rate": (1e-12, 1), "train_ratio": (1e-9, 1e9), "agc_clip": (1e-9, 1e9), "retnorm_limit": (1e-9, 1e9)},
-    **{"target_return": (-1e300, 1e300), "warmup_updates": (0, 10**9)},
-}
+    save_every=9_000, eval_episodes=20)
+# Flags that shape the networks, for make_config.
+SHAPES = "deter hidden units cnn_depth classes stoch blocks mlp_layers bins unimix actor_unimix".split()
 # fmt: on
 
 
 def make_config(size="200m", **overrides):
     """Sizes of the networks: a dict for `Dreamer`. Overrides that are None are ignored."""
     units = {"1m": 64, "12m": 256, "25m": 384, "50m": 512, "100m": 768, "200m": 1024, "400m": 1536}[size]
-    # D = 8U, depth = classes = U/16. NOTE: for 1M and 12M the paper's table has other numbers; these are the code's.
-    config = dict(
-        deter=8 * units, hidden=units, units=units, cnn_depth=units // 16, classes=units // 16, stoch=32, blocks=8
-    )
-    config |= dict(mlp_layers=3, bins=255, unimix=0.01, actor_unimix=0.01)
+    # NOTE: D = 8U, depth = classes = U/16; for 1M and 12M the paper's table has other numbers, these are the code's.
+    config = dict(deter=8 * units, hidden=units, units=units, cnn_depth=units // 16, classes=units // 16, stoch=32)
+    config |= dict(blocks=8, mlp_layers=3, bins=255, unimix=0.01, actor_unimix=0.01)
     return config | {k: v for k, v in overrides.items() if v is not None}
+
+
+def model_config(args):
+    """make_config of the flags of a run."""
+    return make_config(args.size, **{k: getattr(args, k) for k in SHAPES})
 
 
 # ---- Maths -----------------------------------------------------------------------------------------------------------
@@ -336,8 +221,7 @@ def two_hot_weights(y, bins):
     below = (torch.searchsorted(bins, y.contiguous(), right=True) - 1).clamp(0, len(bins) - 1)  # last atom <= y
     above = (below + 1).clamp(max=len(bins) - 1)
     # NOTE: weights are linear in raw value space, not in symlog space. Outside the range the end atom takes everything.
-    gap = (bins[above] - bins[below]).clamp(min=1e-8)
-    upper = ((y - bins[below]) / gap).clamp(0, 1)
+    upper = ((y - bins[below]) / (bins[above] - bins[below]).clamp(min=1e-8)).clamp(0, 1)
     return torch.stack([below, above], -1), torch.stack([1 - upper, upper], -1)
 
 
@@ -347,12 +231,25 @@ def two_hot(y, bins):
     return torch.zeros(*y.shape, len(bins), device=y.device).scatter_add(-1, index, weight)
 
 
-def two_hot_mean(logits, bins):
-    """Expectation of a two-hot head (eq. 10): (..., n) -> (...). `bins` must be antisymmetric, as from make_bins."""
+def bins_mean(probs, bins):
+    """Expectation of a two-hot distribution (eq. 10): (..., n) -> (...). `bins` antisymmetric, as from make_bins."""
     # NOTE: atoms go up to 4.85e8. Summed from left to right, uniform probabilities give a mean far from 0 in float32
     # and the untrained model dreams of rewards. Pairing +b with -b first makes it exactly 0.
-    p, half = torch.softmax(logits.float(), -1), len(bins) // 2
-    return ((p[..., -half:] - p[..., :half].flip(-1)) * bins[-half:]).sum(-1)
+    half = len(bins) // 2
+    return (probs[..., -half:] - probs[..., :half].flip(-1)) @ bins[-half:]
+
+
+def two_hot_mean(logits, bins):
+    """Expectation of a two-hot head from its logits: (..., n) -> (...)."""
+    return bins_mean(torch.softmax(logits.float(), -1), bins)
+
+
+def two_hot_nll(logp, targets, bins):
+    """Weighted cross entropies of log-probabilities (..., n) with several targets [(y (...), weight), ...], summed."""
+    # Two entries per target are read; a dense (..., n) target costs ten times as much.
+    pairs = [(index, scale * weight) for y, scale in targets for index, weight in [two_hot_weights(y, bins)]]
+    index, weight = (torch.cat(x, -1) for x in zip(*pairs, strict=True))  # (..., 2 per target)
+    return -(weight * logp.gather(-1, index)).sum(-1)
 
 
 def two_hot_loss(logits, y, bins):
@@ -360,18 +257,15 @@ def two_hot_loss(logits, y, bins):
     return two_hot_nll(torch.log_softmax(logits.float(), -1), [(y, 1.0)], bins)
 
 
-def two_hot_nll(logp, targets, bins):
-    """Weighted cross entropies of the log-probabilities logp (..., n) with several targets [(y (...), weight), ...],
-    summed."""
-    # Two entries per target are read; a dense (..., n) target costs ten times as much.
-    pairs = [(index, scale * weight) for y, scale in targets for index, weight in [two_hot_weights(y, bins)]]
-    index, weight = (torch.cat(x, -1) for x in zip(*pairs, strict=True))  # (..., 2 per target)
-    return -(weight * logp.gather(-1, index)).sum(-1)
-
-
 def unimix_probs(logits, eps=0.01):
     """Softmax mixed with eps of the uniform distribution (..., C): no probability is 0, so no KL is infinite."""
-    return (1 - eps) * torch.softmax(logits.float(), -1) + eps / logits.shape[-1]
+    if logits.shape[-1] < 16 and logits.device.type == "cpu":
+        # NOTE: on rows of fewer than 16 numbers torch's CPU softmax is several times slower than its parts.
+        probs = (logits - logits.detach().amax(-1, keepdim=True)).float().exp()
+        probs = probs / probs.sum(-1, keepdim=True)
+    else:
+        probs = torch.softmax(logits.float(), -1)
+    return (1 - eps) * probs + eps / logits.shape[-1]
 
 
 def sample_onehot(probs, u=None):
@@ -379,23 +273,25 @@ def sample_onehot(probs, u=None):
     without C."""
     # Inverse CDF: one random number per group, not one per class; several times faster than Gumbel or multinomial.
     u = torch.rand(probs.shape[:-1], device=probs.device) if u is None else u
-    index = (probs.detach().cumsum(-1)[..., :-1] <= u.unsqueeze(-1)).sum(-1, keepdim=True)  # (..., 1)
+    cdf = probs.detach().cumsum(-1)
+    index = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).clamp_(max=probs.shape[-1] - 1)  # (..., 1)
     onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
     # NOTE: through the mixed probabilities, not through a Gumbel softmax.
     return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
 
 
-def kl_categorical(p_logits, q_logits):
-    """KL[p || q] of categoricals over the last axis, from logits or log-probabilities: (..., C) -> (...)."""
-    p, q = torch.log_softmax(p_logits.float(), -1), torch.log_softmax(q_logits.float(), -1)
+def kl_categorical(p_logits, q_logits, normalized=False):
+    """KL[p || q] of categoricals over the last axis, from logits or log-probabilities: (..., C) -> (...). normalized:
+    they are known to be log-probabilities."""
+    p, q = (x if normalized else torch.log_softmax(x.float(), -1) for x in (p_logits, q_logits))
     return (p.exp() * (p - q)).sum(-1)
 
 
-def kl_loss(post, prior, free=1.0):
+def kl_loss(post, prior, free=1.0, normalized=False):
     """Dynamics and representation losses (eq. 3) from logits (B, T, S, C), each (B, T)."""
     # NOTE: free nats clip each time step after the sum over groups; clipping the batch mean is another (the V2) loss.
-    dyn = kl_categorical(post.detach(), prior).sum(-1).clamp(min=free)  # trains the prior towards the posterior
-    rep = kl_categorical(post, prior.detach()).sum(-1).clamp(min=free)  # and, weakly, the posterior towards the prior
+    dyn = kl_categorical(post.detach(), prior, normalized).sum(-1).clamp(min=free)  # trains the prior
+    rep = kl_categorical(post, prior.detach(), normalized).sum(-1).clamp(min=free)  # and, weakly, the posterior
     return dyn, rep
 
 
@@ -450,8 +346,7 @@ class ReturnNorm(nn.Module):
 
 @torch.no_grad()
 def agc_(grads, params, clip=0.3, pmin=1e-3):
-    """Adaptive gradient clipping, in place: |g| <= clip * max(pmin, |p|) for each whole tensor. Returns the norms
-    before."""
+    """Adaptive gradient clipping in place: |g| <= clip * max(pmin, |p|) for each whole tensor. Returns old norms."""
     norms = torch.stack(torch._foreach_norm(grads))
     # NOTE: pmin keeps zero-initialised tensors trainable.
     limit = clip * torch.stack(torch._foreach_norm(params)).clamp(min=pmin)
@@ -465,47 +360,26 @@ class LaProp:
     def __init__(self, params, lr=4e-5, betas=(0.9, 0.999), eps=1e-20):
         # NOTE: eps must stay tiny; the usual 1e-8 would freeze tensors whose gradients AGC has made small.
         self.params, self.lr, self.betas, self.eps = list(params), lr, betas, eps
-        self.mu = [torch.zeros_like(p) for p in self.params]  # momentum, of normalised gradients
-        self.nu = [torch.zeros_like(p) for p in self.params]  # second moment
-        self.count = torch.zeros(
-            (), dtype=torch.float64, device=self.params[0].device
-        )  # on the device: no sync, graphable
-
-    def zero_grad(self):
-        for p in self.params:
-            p.grad = None
+        # All parameters become views of one vector, so that a step is ten operations and not ten per tensor.
+        self.flat = torch.cat([p.detach().flatten() for p in self.params])
+        for p, view in zip(self.params, self.flat.split([p.numel() for p in self.params]), strict=True):
+            p.data = view.view(p.shape)
+        count = torch.zeros((), dtype=torch.float64, device=self.flat.device)  # there: no sync, graphable
+        self.state = {"mu": torch.zeros_like(self.flat), "nu": torch.zeros_like(self.flat), "count": count}
 
     @torch.no_grad()
     def step(self, lr=None, ok=None):
         """One step with learning rate `lr`. `ok`: 0-dim bool; if false nothing changes, and nothing waits for it."""
-        ok = torch.ones_like(self.count, dtype=torch.bool) if ok is None else ok
-        grads = [torch.where(ok, p.grad, 0) for p in self.params]
-        # Decay rates of 1 and gradients of 0 leave every number as it is.
-        b1, b2 = (torch.where(ok, torch.full_like(self.count, b), 1).float() for b in self.betas)
-        self.count += ok
-        fix1, fix2 = ((1 - b**self.count).clamp(min=1e-12).float() for b in self.betas)  # bias corrections
-        squares = torch._foreach_mul(grads, grads)
-        torch._foreach_mul_(squares, 1 - b2)
-        torch._foreach_mul_(self.nu, b2)
-        torch._foreach_add_(self.nu, squares)  # nu <- b2 nu + (1 - b2) g^2
-        scale = torch._foreach_sqrt(self.nu)
-        torch._foreach_mul_(scale, fix2.rsqrt())
-        torch._foreach_add_(scale, self.eps)
-        torch._foreach_div_(grads, scale)
-        torch._foreach_mul_(grads, 1 - b1)
-        torch._foreach_mul_(self.mu, b1)
-        torch._foreach_add_(self.mu, grads)  # mu <- b1 mu + (1 - b1) g / (sqrt(nu_hat) + eps)
+        (mu, nu, count), ok = self.state.values(), torch.tensor(True) if ok is None else ok
+        grad = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.params])
+        grad = torch.where(ok, grad, 0)  # gradients and rates of 0 leave every number as it is
+        rate1, rate2 = (((1 - b) * ok).float() for b in self.betas)
+        count += ok
+        fix1, fix2 = ((1 - b**count).clamp(min=1e-12).float() for b in self.betas)  # bias corrections
+        nu.lerp_(grad * grad, rate2)  # nu <- b2 nu + (1 - b2) g^2
+        mu.lerp_(grad.div_((nu / fix2).sqrt_().add_(self.eps)), rate1)  # mu <- b1 mu + (1 - b1) g / sqrt(nu / fix2)
         # NOTE: the learning rate multiplies last; folding it into mu would differ while it warms up.
-        rate = (self.lr if lr is None else lr) / fix1 * ok
-        torch._foreach_sub_(self.params, torch._foreach_mul(self.mu, rate.float()))
-
-    def state_dict(self):
-        return {"mu": self.mu, "nu": self.nu, "count": self.count}
-
-    def load_state_dict(self, state):
-        torch._foreach_copy_(self.mu, state["mu"])
-        torch._foreach_copy_(self.nu, state["nu"])
-        self.count.copy_(state["count"])
+        self.flat.sub_(mu * ((self.lr if lr is None else lr) / fix1 * ok).float())
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
@@ -519,6 +393,45 @@ def trunc_normal_(weight, fan_in, scale=1.0):
         weight.mul_(scale)
 
 
+def inverse_rms(x, eps):
+    """1 / sqrt(mean(x^2) + eps) over the last axis, in float32: (..., n) -> (..., 1). eps: 0-dim tensor."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
+def norm_back(grad, normed, inverse, weight):
+    """Gradients of an RMSNorm's input and weight from that of its output, which is overwritten."""
+    product = grad * normed
+    mean = (product @ weight if weight.dim() == 1 else (product * weight).sum(-1)).unsqueeze(-1)
+    dx = grad.mul_(weight).addcmul_(normed, mean, value=-1 / weight.shape[-1]).mul_(inverse)
+    return dx, product.sum_to_size(weight.shape)
+
+
+class NormSiLU(torch.autograd.Function):
+    """norm_silu with its gradient by hand: half of the passes over memory of the chain."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse = inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return F.silu((x * inverse).mul_(weight), inplace=True).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse
+        grad = torch.ops.aten.silu_backward(grad.float(), normed * weight)
+        dx, dweight = norm_back(grad, normed, inverse, weight)
+        return dx.to(x.dtype), dweight, None
+
+
+def norm_silu(x, weight, eps):
+    """SiLU(RMSNorm(x)), the norm in float32: x (..., n) or (..., k, n), weight (n,) or (k, n)."""
+    if torch.is_grad_enabled():
+        return NormSiLU.apply(x, weight, eps)
+    return F.silu((x * inverse_rms(x, eps)).mul_(weight), inplace=True).to(x.dtype)
+
+
 class Linear(nn.Linear):
     """Linear layer with the paper's initialisation; `outscale` multiplies the kernel."""
 
@@ -529,14 +442,18 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32; no mean subtraction, no bias."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32; no mean subtraction, no bias. `silu`: the activation after it."""
 
     def __init__(self, n, eps=1e-4):
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(n))
+        self.weight = nn.Parameter(torch.ones(n))
+        self.register_buffer("eps", torch.tensor(eps), persistent=False)  # adding a number costs twice as much on a CPU
 
     def forward(self, x):  # (..., n)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return (x * inverse_rms(x, self.eps) * self.weight).to(x.dtype)
+
+    def silu(self, x):
+        return norm_silu(x, self.weight, self.eps)
 
 
 class BlockLinear(nn.Module):
@@ -551,13 +468,11 @@ class BlockLinear(nn.Module):
 
     def forward(self, x, shared=None):
         """(N, i') -> (N, o). `shared` (N, m): inputs that every block sees after its own, so that i = i' + G*m."""
-        g = self.weight.shape[0]
-        x = x.view(x.shape[0], g, -1).transpose(0, 1)  # (G, N, i'/G), a view
-        own, rest = self.weight[:, : x.shape[2]], self.weight[:, x.shape[2] :]
-        y = torch.baddbmm(self.bias.view(g, 1, -1), x, own)  # (G, N, o/G)
-        if shared is not None:
-            y = y + torch.matmul(shared, rest)  # without G copies of the shared input
-        return y.transpose(0, 1).reshape(y.shape[1], -1)
+        x = x.unflatten(1, (len(self.weight), -1)).transpose(0, 1)  # (G, N, i'/G)
+        own, rest = self.weight.tensor_split([x.shape[2]], 1)
+        y = torch.baddbmm(self.bias.view(len(x), 1, -1), x, own)  # (G, N, o/G)
+        y = y if shared is None else y + shared @ rest
+        return y.transpose(0, 1).flatten(1)
 
 
 class MLP(nn.Module):
@@ -570,10 +485,18 @@ class MLP(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(units) for _ in range(layers))
         self.out = Linear(widths[-1], out, outscale) if out else nn.Identity()
 
-    def forward(self, x):
-        for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = F.silu(norm(linear(x)))
+    def forward(self, x, start=0):
+        """start: how many layers were done already, see `first_layers`."""
+        for linear, norm in zip(self.linears[start:], self.norms[start:], strict=True):
+            x = norm.silu(linear(x))
         return self.out(x)
+
+
+def first_layers(nets, x):
+    """The first layers of several MLPs that share an input x (..., n), as one matrix product: [(..., U), ...]."""
+    weight, bias = (torch.cat([getattr(net.linears[0], k) for net in nets]) for k in ("weight", "bias"))
+    norm = torch.stack([net.norms[0].weight for net in nets])  # (nets, U)
+    return norm_silu(F.linear(x, weight, bias).unflatten(-1, norm.shape), norm, nets[0].norms[0].eps).unbind(-2)
 
 
 def image_stages(size):
@@ -581,22 +504,30 @@ def image_stages(size):
     return (2, 3, 4, 4)[: min(4, int(math.log2(size / 3)))]
 
 
+def split_keys(obs_space):
+    """Names of the images and of the other entries of a Dict, each sorted."""
+    images = [k for k, s in sorted(obs_space.items()) if len(s.shape) == 3]
+    return images, [k for k in sorted(obs_space) if k not in images]
+
+
+def width(space):
+    """Numbers that a vector or a one-hot Discrete has."""
+    return int(space.n) if isinstance(space, spaces.Discrete) else space.shape[0]
+
+
 class Encoder(nn.Module):
     """Observations {key: (..., *shape)} -> tokens (..., E): symlog MLP for vectors, convolutions for images."""
 
     def __init__(self, obs_space, units=1024, depth=64, layers=3):
         super().__init__()
-        self.images = [k for k, s in sorted(obs_space.items()) if len(s.shape) == 3]
-        self.vectors = [k for k in sorted(obs_space) if k not in self.images]
-        self.numbers = {k: int(s.n) for k, s in obs_space.items() if isinstance(s, gym.spaces.Discrete)}
-        self.out_dim = 0
+        self.images, self.vectors = split_keys(obs_space)
+        self.out_dim, self.space = 0, obs_space
         if self.vectors:
-            self.mlp = MLP(sum(self.numbers.get(k) or obs_space[k].shape[0] for k in self.vectors), units, layers)
-            self.out_dim += units
+            self.mlp, self.out_dim = MLP(sum(width(obs_space[k]) for k in self.vectors), units, layers), units
         if self.images:
-            side, channels = obs_space[self.images[0]].shape[0], sum(obs_space[k].shape[2] for k in self.images)
-            widths = [channels] + [m * depth for m in image_stages(side)]
-            self.convs = nn.ModuleList(nn.Conv2d(a, b, 5, padding=2) for a, b in zip(widths, widths[1:], strict=False))
+            side = obs_space[self.images[0]].shape[0]
+            widths = [sum(obs_space[k].shape[2] for k in self.images), *(m * depth for m in image_stages(side))]
+            self.convs = nn.ModuleList(nn.Conv2d(a, b, 5, padding=2) for a, b in zip(widths, widths[1:]))
             self.norms = nn.ModuleList(RMSNorm(b) for b in widths[1:])
             for conv in self.convs:
                 trunc_normal_(conv.weight, 25 * conv.in_channels)
@@ -605,21 +536,17 @@ class Encoder(nn.Module):
 
     def forward(self, obs):
         out = []
-        if self.vectors:
-            # Integers become one-hot, real vectors are compressed by symlog (eq. 9).
-            sizes = self.numbers
-            parts = [F.one_hot(obs[k], sizes[k]).float() if k in sizes else symlog(obs[k]) for k in self.vectors]
+        if self.vectors:  # integers become one-hot, real vectors are compressed by symlog (eq. 9)
+            parts = [(obs[k], self.space[k]) for k in self.vectors]
+            parts = [F.one_hot(x, width(s)).float() if isinstance(s, spaces.Discrete) else symlog(x) for x, s in parts]
             out.append(self.mlp(torch.cat(parts, -1)).float())
         if self.images:
-            x = torch.cat([obs[k] for k in self.images], -1) if len(self.images) > 1 else obs[self.images[0]]
+            x = torch.cat([obs[k] for k in self.images], -1)
             lead = x.shape[:-3]
-            x = (
-                x.flatten(0, -4).float().div_(255).sub_(0.5).permute(0, 3, 1, 2)
-            )  # (BT, channels, H, W), channels last in memory
+            x = x.flatten(0, -4).float().div_(255).sub_(0.5).permute(0, 3, 1, 2)  # (BT, channels, H, W), channels last
             for conv, norm in zip(self.convs, self.norms, strict=True):
                 # NOTE: stride 1, then 2x2 max-pooling, then the norm: the authors' code. The paper's text says strided.
-                x = F.max_pool2d(conv(x), 2)
-                x = F.silu(norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+                x = norm.silu(F.max_pool2d(conv(x), 2).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             out.append(x.permute(0, 2, 3, 1).reshape(*lead, -1))  # features in H, W, C order
         return torch.cat(out, -1)
 
@@ -637,21 +564,47 @@ class RSSM(nn.Module):
         self.post_in, self.post_norm = Linear(deter + embed, hidden), RMSNorm(hidden)
         self.post_out = Linear(hidden, stoch * classes)
 
-    def embed_action(self, a):
-        """The share of the core that needs no state and so is computed for all steps at once: (..., A) -> (..., X)."""
-        return self.in_a(a / a.abs().clamp(min=1).detach())
+    def blocked(self, x):
+        """(..., N, G*n) -> (..., G, N, n), a view."""
+        return x.unflatten(-1, (self.blocks, -1)).transpose(-3, -2)
+
+    def weights(self):
+        """The weights of a step, in the form in which it uses them. Made once per sequence: slicing a weight inside the
+        loop would cost its gradient a copy of the whole tensor at every step."""
+        (h, z), x = (net.linears[0] for net in (self.in_h, self.in_z)), self.in_h.linears[0].out_features
+        own, shared = self.core_in.weight.split([self.deter // self.blocks, 3 * x], 1)
+        state, action = shared.transpose(0, 1).flatten(1).tensor_split([2 * x])  # (2X, D), (X, D)
+        norm = torch.stack([self.in_h.norms[0].weight, self.in_z.norms[0].weight])  # (2, X)
+        # NOTE: the update gate starts nearly closed: 1 is subtracted from it, here from its bias.
+        gates, gates_bias = self.core_gates.weight, self.core_gates.bias.view(self.blocks, 1, 3, -1)
+        gates_bias = (gates_bias - gates_bias.new_tensor([0.0, 0.0, 1.0]).view(3, 1)).flatten(2)  # (G, 1, 3D/G)
+        post, token = self.post_in.weight.split([self.deter, self.post_in.in_features - self.deter], 1)
+        step = (h.weight, h.bias, z.weight, z.bias, norm, state, own, self.core_norm.weight, gates, gates_bias)
+        step += (post, self.post_norm.weight, self.post_out.weight, self.post_out.bias)
+        return step, action, token
+
+    def embed_action(self, a, weight):
+        """The share of the core that needs no state, for any number of steps at once: a (..., A) -> (..., D)."""
+        return F.linear(self.in_a(a / a.abs().clamp(min=1).detach()), weight.T, self.core_in.bias).float()
 
     def core(self, h, z, a):
         """Next recurrent state: h (N, D), z (N, S, C) or (N, S*C), a (N, A) -> (N, D)."""
-        return self.core_step(h, z, self.embed_action(a))
+        w, action, _ = self.weights()
+        return self.core_step(h, z.reshape(h.shape[0], -1), self.embed_action(a, action), w)[0]
 
-    def core_step(self, h, z, embedded_action):
-        shared = torch.cat([self.in_h(h), self.in_z(z.reshape(h.shape[0], -1)), embedded_action], -1)  # (N, 3X)
-        x = F.silu(self.core_norm(self.core_in(h, shared)))  # (N, D)
+    def core_step(self, h, z, action, w):
+        """h (N, D), z (N, S*C), action (N, D) from embed_action -> next h, and what the gradient needs."""
+        wh, bh, wz, bz, norm, state, own, core_norm, gates, gates_bias, *_ = w
+        p1 = torch.cat([F.linear(h, wh, bh), F.linear(z, wz, bz)], -1).unflatten(-1, norm.shape)  # (N, 2, X)
+        x1 = norm_silu(p1, norm, self.core_norm.eps).flatten(1)
+        p2 = torch.addmm(action, x1, state).float()  # (N, D): what all blocks share, then each block's own
+        p2 = (p2.unflatten(1, (self.blocks, -1)) + torch.bmm(self.blocked(h), own).transpose(0, 1)).flatten(1)
+        x2 = self.blocked(norm_silu(p2, core_norm, self.core_norm.eps))  # (G, N, D/G)
         # NOTE: the gates are split inside each block; splitting the flat (N, 3D) in three would mix blocks.
-        gates = self.core_gates(x).float().view(h.shape[0], self.blocks, 3, -1)  # (N, G, 3, D/G)
-        reset, cand, update = (g.reshape(h.shape) for g in gates.unbind(2))
-        return torch.lerp(h, torch.tanh(torch.sigmoid(reset) * cand), torch.sigmoid(update - 1))
+        y = torch.baddbmm(gates_bias, x2, gates).float().unflatten(2, (3, -1)).permute(2, 1, 0, 3).reshape(3, *h.shape)
+        (reset, update), cand = torch.sigmoid(y[::2]), y[1]  # (N, D) each
+        new = torch.tanh(reset * cand)
+        return torch.lerp(h, new, update), (p1, x1, p2, x2, reset, cand, update, new)
 
     def prior(self, h):
         """Probabilities of the latents before the observation is seen: (..., D) -> (..., S, C)."""
@@ -661,27 +614,93 @@ class RSSM(nn.Module):
         """Zero state: h (n, D), z (n, S, C)."""
         return torch.zeros(n, self.deter, device=device), torch.zeros(n, self.stoch, self.classes, device=device)
 
-    def post_step(self, h, z, embedded_action, token, keep, u):
-        """One step with an observation. token (N, X): its share of the posterior layer; keep (N, 1): 0 resets."""
-        h = self.core_step(h * keep, z * keep.unsqueeze(-1), embedded_action)
-        x = F.silu(self.post_norm(token + F.linear(h, self.post_in.weight[:, : self.deter])))
-        probs = unimix_probs(self.post_out(x).view(-1, self.stoch, self.classes), self.unimix)
-        return h, sample_onehot(probs, u), probs
+    def post_step(self, state, action, token, keep, u, w):
+        """One step with an observation: state (N, F) = [h, z], action (N, D), token (N, X) the observation's share of
+        the posterior layer, keep (N, 1): 0 resets. -> next state, posterior (N, S, C), what the gradient needs."""
+        *_, post, post_norm, out, out_bias = w
+        state = state * keep
+        h, saved = self.core_step(*state.split([self.deter, self.stoch * self.classes], -1), action, w)
+        p3 = torch.addmm(token, h, post.T)
+        x3 = norm_silu(p3, post_norm, self.core_norm.eps)
+        probs = unimix_probs(F.linear(x3, out, out_bias).unflatten(1, (self.stoch, -1)), self.unimix)
+        return torch.cat([h, sample_onehot(probs, u).flatten(1)], -1), probs, (state, *saved, p3, x3)
+
+    def back_step(self, grad, dprobs, terms, w):
+        """Gradient of post_step: grad (N, F) of the next state, dprobs (N, S, C) of the posterior -> gradient of the
+        state, those of the outputs of all layers (d) and of the norms' weights (s)."""
+        wh, _, wz, _, norm, state, own, core_norm, gates, _, post, post_norm, out, _ = w
+        keep, slope, probs, rest, gate, x1, i1, slope1, x2, i2, slope2, x3, i3, slope3 = terms
+        dh, dz = grad.split([self.deter, self.stoch * self.classes], -1)
+        dprobs = dprobs + dz.view_as(dprobs)  # straight-through: the sample's gradient is that of its probabilities
+        dlogits = (slope * (dprobs - (dprobs * probs).sum(-1, keepdim=True))).flatten(1)
+        d3, s3 = norm_back(dlogits @ out * slope3, x3, i3, post_norm)  # (N, X)
+        dh = dh + d3 @ post
+        dgates = (self.blocked(dh).unsqueeze(2) * gate).flatten(2)  # (G, N, 3D/G)
+        d2 = torch.bmm(dgates, gates.transpose(1, 2)).transpose(0, 1).flatten(1)
+        d2, s2 = norm_back(d2 * slope2, x2, i2, core_norm)  # (N, D)
+        d1, s1 = norm_back((d2 @ state.T).unflatten(1, norm.shape) * slope1, x1, i1, norm)  # (N, 2, X)
+        own = torch.bmm(self.blocked(d2), own.transpose(1, 2)).transpose(0, 1).flatten(1)
+        dh = dh * rest + own + d1[:, 0] @ wh
+        return torch.cat([dh, d1[:, 1] @ wz], -1) * keep, (d1, s1, d2, s2, dgates, d3, s3, dlogits)
 
     def observe(self, tokens, actions, is_first, h, z, generator=None):
         """Filter a sequence: tokens (B, T, E), actions (B, T, A) that led to each row, is_first (B, T), state before
         row 0. Returns h (B, T, D), z (B, T, S, C) and the posterior's log-probabilities (B, T, S, C)."""
-        keep = 1 - is_first.float().unsqueeze(-1)  # (B, T, 1)
+        (w, w_action, w_token), keep = self.weights(), 1 - is_first.float().unsqueeze(-1)  # (B, T, 1)
         # Only what depends on h or z stays in the loop; tokens and actions go through their layers as one batch.
-        token = F.linear(tokens, self.post_in.weight[:, self.deter :], self.post_in.bias).float()  # (B, T, X)
-        action = self.embed_action(actions * keep)  # (B, T, X). NOTE: a reset zeroes the previous action too
+        token = F.linear(tokens, w_token, self.post_in.bias).float()  # (B, T, X)
+        action = self.embed_action(actions * keep, w_action)  # (B, T, D). NOTE: a reset zeroes the previous action too
         noise = torch.rand(*is_first.T.shape, self.stoch, device=tokens.device, generator=generator)  # (T, B, S)
+        inputs = [x.transpose(0, 1) for x in (action, token, keep)]
+        states, probs = Scan.apply(self, torch.cat([h, z.flatten(1)], -1), *inputs, noise, *w)
+        h, z = states.transpose(0, 1).split([self.deter, self.stoch * self.classes], -1)
+        return h, z.unflatten(-1, (self.stoch, -1)), probs.transpose(0, 1).log()
+
+
+class Scan(torch.autograd.Function):
+    """RSSM.post_step over time, with its gradient by hand. Backpropagation through time does at each step only what the
+    step before waits for; factors of all steps are made before, gradients of weights after it, as one operation each.
+    """
+
+    @staticmethod
+    def forward(ctx, dyn, state, action, token, keep, noise, *w):
         steps = []
-        for inputs in zip(action.unbind(1), token.unbind(1), keep.unbind(1), noise.unbind(0), strict=True):
-            h, z, probs = self.post_step(h, z, *inputs)
-            steps.append((h, z, probs))
-        h, z, probs = (torch.stack(x, 1) for x in zip(*steps, strict=True))
-        return h, z, probs.log()
+        with torch.inference_mode():
+            for inputs in zip(action.unbind(), token.unbind(), keep.unbind(), noise.unbind(), strict=True):
+                steps.append(dyn.post_step(steps[-1][0] if steps else state, *inputs, w))
+        states, probs, saved = zip(*steps, strict=True)
+        states, probs = torch.stack(states), torch.stack(probs)  # (T, B, F), (T, B, S, C)
+        ctx.dyn, ctx.autocast = dyn, torch.is_autocast_enabled(state.device.type)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(states, probs, keep, *w, *(torch.stack(x) for x in zip(*saved, strict=True)))
+        return states, probs
+
+    @staticmethod
+    def backward(ctx, dstates, dprobs):
+        dyn, (states, probs, keep, *saved) = ctx.dyn, ctx.saved_tensors
+        w, (s0, p1, x1, p2, x2, reset, cand, update, new, p3, x3) = saved[:14], saved[14:]
+        h0, z0 = s0.split([dyn.deter, dyn.stoch * dyn.classes], -1)
+        soft = (probs - dyn.unimix / dyn.classes) / (1 - dyn.unimix)  # before mixing
+        cell = update * (1 - new * new)
+        gate = [cell * cand * reset * (1 - reset), cell * reset, (new - h0) * update * (1 - update)]
+        gate = torch.stack([dyn.blocked(g) for g in gate], 3)  # (T, G, B, 3, D/G)
+        norms = []  # of each norm: normalized input, 1 / rms, slope of SiLU
+        for p, weight in ((p1, w[4]), (p2, w[7]), (p3, w[11])):
+            inverse = inverse_rms(p, dyn.core_norm.eps)
+            norms += [p * inverse, inverse, torch.ops.aten.silu_backward(torch.ones_like(p), p * inverse * weight)]
+        factors, grad, out = (keep, (1 - dyn.unimix) * soft, soft, 1 - update, gate, *norms), 0, []
+        autocast = torch.autocast(states.device.type, torch.bfloat16, enabled=ctx.autocast)
+        with autocast, torch.inference_mode():
+            for ds, dp, *terms in reversed(list(zip(dstates, dprobs, *factors, strict=True))):
+                grad, layers = dyn.back_step(ds + grad, dp, terms, w)
+                out.append(layers)
+        with autocast:
+            d1, s1, d2, s2, dgates, d3, s3, dlogits = (torch.stack(x) for x in zip(*reversed(out), strict=True))
+            mm, bmm = partial(torch.einsum, "tbi,tbj->ij"), partial(torch.einsum, "tgbi,tgbj->gij")
+            (dh, dz), sums, h = d1.unbind(2), partial(torch.sum, dim=(0, 1)), states[..., : dyn.deter]
+            dw = [mm(dh, h0), sums(dh), mm(dz, z0), sums(dz), s1.sum(0), mm(x1, d2)]
+            dw += [bmm(dyn.blocked(h0), dyn.blocked(d2)), s2.sum(0), bmm(x2, dgates), dgates.sum((0, 2)).unsqueeze(1)]
+            return None, None, d2, d3, None, None, *dw, mm(d3, h), s3.sum(0), mm(dlogits, x3), sums(dlogits)
 
 
 class UpConv(nn.Conv2d):
@@ -713,23 +732,17 @@ class Decoder(nn.Module):
 
     def __init__(self, obs_space, deter, latent, units=1024, depth=64, layers=3, blocks=8):
         super().__init__()
-        self.images = [k for k, s in sorted(obs_space.items()) if len(s.shape) == 3]
-        self.vectors = [k for k in sorted(obs_space) if k not in self.images]
-        self.channels = [obs_space[k].shape[2] for k in self.images]
+        self.images, self.vectors = split_keys(obs_space)
         if self.vectors:
             self.mlp = MLP(deter + latent, units, layers)
-            widths = [
-                obs_space[k].n if isinstance(obs_space[k], gym.spaces.Discrete) else obs_space[k].shape[0]
-                for k in self.vectors
-            ]
-            self.outs = nn.ModuleList(Linear(units, int(n)) for n in widths)
+            self.outs = nn.ModuleList(Linear(units, width(obs_space[k])) for k in self.vectors)
         if self.images:
-            mults = [m * depth for m in image_stages(obs_space[self.images[0]].shape[0])]
-            self.side, self.blocks, self.width = obs_space[self.images[0]].shape[0] >> len(mults), blocks, mults[-1]
-            self.in_h = BlockLinear(deter, self.side**2 * self.width, blocks)
-            self.in_z = MLP(latent, 2 * units, 1, self.side**2 * self.width)
-            widths = mults[::-1] + [sum(self.channels)]
-            self.ups = nn.ModuleList(UpConv(a, b) for a, b in zip(widths, widths[1:], strict=False))
+            self.channels, side = [obs_space[k].shape[2] for k in self.images], obs_space[self.images[0]].shape[0]
+            widths = [*(m * depth for m in image_stages(side)[::-1]), sum(self.channels)]
+            self.side, self.blocks = side >> len(widths) - 1, blocks
+            self.in_h = BlockLinear(deter, self.side**2 * widths[0], blocks)
+            self.in_z = MLP(latent, 2 * units, 1, self.side**2 * widths[0])
+            self.ups = nn.ModuleList(UpConv(a, b) for a, b in zip(widths, widths[1:]))
             self.norms = nn.ModuleList(RMSNorm(a) for a in widths[:-1])
 
     def forward(self, h, z):
@@ -741,12 +754,10 @@ class Decoder(nn.Module):
         if self.images:
             lead, h, z = h.shape[:-1], h.flatten(0, -2), z.flatten(0, -2)
             # Each block of h owns some of the channels, at all positions.
-            x = self.in_h(h).view(-1, self.blocks, self.side**2, self.width // self.blocks).transpose(1, 2)
-            x = x.reshape(-1, self.side, self.side, self.width) + self.in_z(z).view(
-                -1, self.side, self.side, self.width
-            )
+            x = self.in_h(h).view(len(h), self.blocks, self.side**2, -1).transpose(1, 2).flatten(2)
+            x = (x + self.in_z(z).view(x.shape)).unflatten(1, (self.side, self.side))  # (BT, H, W, channels)
             for norm, up in zip(self.norms, self.ups, strict=True):
-                x = up(F.silu(norm(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (BT, 2H, 2W, channels)
+                x = up(norm.silu(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             x = torch.sigmoid(x.float()).unflatten(0, lead)
             out |= dict(zip(self.images, x.split(self.channels, -1), strict=True))
         return out
@@ -757,24 +768,24 @@ class Policy(nn.Module):
 
     def __init__(self, i, units, action_space, unimix=0.01, layers=3):
         super().__init__()
-        self.discrete, self.unimix = isinstance(action_space, gym.spaces.Discrete), unimix
+        self.discrete, self.unimix = isinstance(action_space, spaces.Discrete), unimix
         self.out_dim = int(action_space.n) if self.discrete else action_space.shape[0]
         self.trunk = MLP(i, units, layers)
         self.outs = nn.ModuleList(Linear(units, self.out_dim, 0.01) for _ in range(1 if self.discrete else 2))
 
-    def forward(self, feat):
+    def forward(self, feat, start=0):
         """(..., F) -> (probs,) or (mean, std), each (..., A)."""
-        x = self.trunk(feat)
+        x = self.trunk(feat, start)
         out = [layer(x).float() for layer in self.outs]
         return (unimix_probs(out[0], self.unimix),) if self.discrete else bounded_normal(*out)
 
-    def sample(self, params, greedy=False):
+    def sample(self, params, greedy=False, generator=None):
         """Actions (..., A): one-hot, or real numbers that the environment wrapper clips to [-1, 1]."""
+        p, kw = params[0].detach(), dict(device=params[0].device, generator=generator)
         if self.discrete:
-            return (
-                F.one_hot(params[0].argmax(-1), self.out_dim).float() if greedy else sample_onehot(params[0].detach())
-            )
-        return params[0] if greedy else params[0] + params[1] * torch.randn_like(params[1])
+            u = torch.rand(p.shape[:-1], **kw)
+            return F.one_hot(p.argmax(-1), self.out_dim).float() if greedy else sample_onehot(p, u)
+        return p if greedy else p + params[1] * torch.randn(p.shape, **kw)
 
     def log_prob(self, params, action):
         """(..., A) -> (...), of the unclipped action."""
@@ -813,43 +824,46 @@ class Dreamer(nn.Module):
     def feat(self, h, z):
         return torch.cat([h, z.flatten(-2)], -1)  # (..., F)
 
-    def imag_step(self, h, z, feat):
-        """Act, then move one step in the dream: h (N, D), z (N, S, C), feat (N, F) -> the next three, action (N, A)."""
+    def imag_step(self, feat, w, w_action, table):
+        """Act, then move one step in the dream: feat (N, F) = [h, z] -> the next feat, the action (N, A)."""
         action = self.pol.sample(self.pol(feat))
-        h = self.dyn.core(h, z, action)
-        z = sample_onehot(self.dyn.prior(h))
-        return h, z, self.feat(h, z), action
+        h, z = feat.split([self.dyn.deter, self.dyn.stoch * self.dyn.classes], -1)
+        share = self.dyn.embed_action(action, w_action) if table is None else action @ table
+        h, _ = self.dyn.core_step(h, z, share.float(), w)
+        return self.feat(h, sample_onehot(self.dyn.prior(h))), action
 
     @torch.no_grad()
     def imagine(self, h, z, horizon):
         """Roll the policy out in the model from h (N, D), z (N, S, C): features (H+1, N, F), actions (H, N, A). Time
-        comes first here, so that "all but the last step" is a contiguous block and not a copy of the largest
-        tensors."""
-        feat = self.feat(h, z)
-        feats, actions = [feat], []
-        for _ in range(horizon):  # no action is drawn in the last state: nothing would use it
-            h, z, feat, action = self.imag_step(h, z, feat)
-            feats.append(feat)
-            actions.append(action)
+        comes first, so that "all but the last step" is a contiguous block and not a copy of the largest tensors."""
+        feats, actions, (w, w_action, _) = [self.feat(h, z)], [], self.dyn.weights()
+        # Discrete actions are few: what each adds to the core is looked up.
+        choices = torch.eye(self.pol.out_dim, device=h.device)
+        table = self.dyn.embed_action(choices, w_action) if self.pol.discrete else None
+        with torch.inference_mode():  # the stacks below are ordinary tensors again
+            for _ in range(horizon):  # no action is drawn in the last state: nothing would use it
+                feat, action = self.imag_step(feats[-1], w, w_action, table)
+                feats.append(feat)
+                actions.append(action)
         return torch.stack(feats), torch.stack(actions)
 
     @torch.no_grad()
-    def act(self, obs, is_first, h, z, previous, greedy=False):
+    def act(self, obs, is_first, h, z, previous, greedy=False, generator=None):
         """One acting step: obs {key: (N, ...)}, is_first (N,), state, previous action -> h, z, action (N, A)."""
         tokens = self.enc({k: v.unsqueeze(1) for k, v in obs.items()})  # (N, 1, E)
-        h, z, _ = self.dyn.observe(tokens, previous.unsqueeze(1), is_first.unsqueeze(1), h, z)
+        h, z, _ = self.dyn.observe(tokens, previous.unsqueeze(1), is_first.unsqueeze(1), h, z, generator)
         h, z = h[:, 0], z[:, 0]
-        return h, z, self.pol.sample(self.pol(self.feat(h, z)), greedy)
+        return h, z, self.pol.sample(self.pol(self.feat(h, z)), greedy, generator)
 
 
 def count_params(model, obs_space=None, action_space=None):
     """Trained parameters of a module, or of the model that a `make_config` dict or a size name describes (built on the
     meta device; by default with the spaces of the published counts: one 64x64x3 image, 6 discrete actions)."""
     if not isinstance(model, nn.Module):
-        config = make_config(model) if isinstance(model, str) else model
-        image = gym.spaces.Dict(image=gym.spaces.Box(0, 255, (64, 64, 3), np.uint8))
+        obs_space = obs_space or spaces.Dict(image=spaces.Box(0, 255, (64, 64, 3), np.uint8))
         with torch.device("meta"):
-            model = Dreamer(obs_space or image, action_space or gym.spaces.Discrete(6), config)
+            config = make_config(model) if isinstance(model, str) else model
+            model = Dreamer(obs_space, action_space or spaces.Discrete(6), config)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -875,22 +889,22 @@ def world_model_loss(model, batch, args):
     tokens = model.enc(obs)  # (B, T, E)
     h, z, post = model.dyn.observe(tokens, batch["action"][:, :-1], rows["is_first"], batch["deter"][:, 0].float(), z0)
     prior = model.dyn.prior(h).log()  # (B, T, S, C)
-    recon, feat = model.dec(h, z), model.feat(h, z)  # feat (B, T, F)
+    recon = model.dec(h, z)
+    reward, alive = first_layers([model.rew, model.con], model.feat(h, z))  # (B, T, U)
     losses = {f"recon_{k}": recon_loss(recon[k], obs[k]) for k in obs}
-    losses["reward"] = two_hot_loss(model.rew(feat), rows["reward"], model.bins)
+    losses["reward"] = two_hot_loss(model.rew(reward, 1), rows["reward"], model.bins)
     # NOTE: contdisc: the discount lives in the continue head. Only a true end counts, not a truncated episode.
-    alive = (1 - rows["is_terminal"].float()) * args.gamma
-    losses["continue"] = F.binary_cross_entropy_with_logits(
-        model.con(feat).float().squeeze(-1), alive, reduction="none"
-    )
-    losses["dynamics"], losses["representation"] = kl_loss(post, prior, args.kl_free)
+    target = (1 - rows["is_terminal"].float()) * args.gamma
+    alive = model.con(alive, 1).float().squeeze(-1)
+    losses["continue"] = F.binary_cross_entropy_with_logits(alive, target, reduction="none")
+    losses["dynamics"], losses["representation"] = kl_loss(post, prior, args.kl_free, True)
     return losses, h, z
 
 
-def critic_loss(logits, returns, slow, model, args):
+def critic_loss(logp, returns, slow, bins):
     """Cross entropy with the returns and, as a regulariser, with the slow critic's mean (eq. 5): (..., K) -> (...)."""
     # NOTE: the slow critic regularises; the targets come from the fast one.
-    return two_hot_nll(torch.log_softmax(logits.float(), -1), [(returns, 1.0), (slow, args.slow_reg)], model.bins)
+    return two_hot_nll(logp, [(returns, 1.0), (slow, 1.0)], bins)
 
 
 def behavior_loss(model, norm, batch, h, z, args):
@@ -899,39 +913,39 @@ def behavior_loss(model, norm, batch, h, z, args):
     pick = slice(None) if args.imag_starts is None else torch.rand(B * T, device=h.device).argsort()[: args.imag_starts]
     with torch.no_grad():
         # NOTE: imagination starts from every replayed state and carries no gradient into the world model.
-        feats, actions = model.imagine(
-            h.detach().flatten(0, 1)[pick], z.detach().flatten(0, 1)[pick], args.imag_horizon
-        )
-        reward = two_hot_mean(model.rew(feats), model.bins)  # (H+1, N)
-        live = torch.sigmoid(model.con(feats).float().squeeze(-1))  # (H+1, N), the discount included
-        slow = two_hot_mean(model.slow(feats[:-1]), model.bins)  # (H, N)
+        starts = (x.detach().flatten(0, 1)[pick] for x in (h, z))
+        feats, actions = model.imagine(*starts, args.imag_horizon)
+        reward, live, slow = first_layers([model.rew, model.con, model.slow], feats)  # (H+1, N, U)
+        reward = two_hot_mean(model.rew(reward, 1), model.bins)  # (H+1, N)
+        live = torch.sigmoid(model.con(live, 1).float().squeeze(-1))  # (H+1, N), the discount included
+        slow = two_hot_mean(model.slow(slow[:-1], 1), model.bins)  # (H, N)
         # NOTE: the weight includes c_0, so that a rollout that starts in a terminal state counts for nothing.
         weight = live.cumprod(0)[:-1]  # (H, N)
         end_value = two_hot_mean(model.val(feats[-1:]), model.bins)  # (1, N)
     torch.clear_autocast_cache()  # NOTE: bfloat16 copies of actor and critic weights made above carry no gradients
-    value_logits = model.val(feats[:-1])  # (H, N, K)
+    value, policy = first_layers([model.val, model.pol.trunk], feats[:-1])  # (H, N, U)
+    logp = torch.log_softmax(model.val(value, 1).float(), -1)  # (H, N, K)
     with torch.no_grad():
-        value = torch.cat([two_hot_mean(value_logits, model.bins), end_value])  # (H+1, N)
-        returns = lambda_return(
-            torch.zeros_like(live.T), 1 - live.T, reward.T, value.T, value.T, 1.0, args.return_lambda
-        ).T
+        value = torch.cat([bins_mean(logp.exp(), model.bins), end_value])  # (H+1, N)
+        inputs = (torch.zeros_like(live.T), 1 - live.T, reward.T, value.T, value.T)
+        returns = lambda_return(*inputs, 1.0, args.return_lambda).T  # (H, N)
         scale = norm.update(returns)  # NOTE: updated before it is used
         advantage = (returns - value[:-1]) / scale  # (H, N)
-    params = model.pol(feats[:-1])
+    params = model.pol(policy, 1)
     entropy = model.pol.entropy(params)  # (H, N)
     # NOTE: REINFORCE for discrete and continuous actions alike; no gradient flows back through the dynamics.
     objective = model.pol.log_prob(params, actions) * advantage + args.ent_coef * entropy  # eq. 6, to be maximised
-    losses = {"policy": -weight * objective, "value": weight * critic_loss(value_logits, returns, slow, model, args)}
+    losses = {"policy": -weight * objective, "value": weight * critic_loss(logp, returns, slow, model.bins)}
 
     feat = model.feat(h, z)  # (B, T, F). NOTE: with gradients: the replayed critic loss shapes the world model too
-    value_logits = model.val(feat)  # (B, T, K)
+    logp = torch.log_softmax(model.val(feat).float(), -1)  # (B, T, K)
     with torch.no_grad():
-        value, slow = two_hot_mean(value_logits, model.bins), two_hot_mean(model.slow(feat), model.bins)  # (B, T)
+        value, slow = bins_mean(logp.exp(), model.bins), two_hot_mean(model.slow(feat), model.bins)  # (B, T)
         boot = value.flatten().clone()
         boot[pick] = returns[0]  # imagined returns bootstrap the replayed ones
         last, term, reward = (batch[k][:, 1:].float() for k in ("is_last", "is_terminal", "reward"))
         target = lambda_return(last, term, reward, value, boot.view(B, T), args.gamma, args.return_lambda)  # (B, T-1)
-    losses["replay_value"] = (1 - last[:, :-1]) * critic_loss(value_logits[:, :-1], target, slow[:, :-1], model, args)
+    losses["replay_value"] = (1 - last[:, :-1]) * critic_loss(logp[:, :-1], target, slow[:, :-1], model.bins)
     stats = {"entropy": entropy.mean().detach(), "return_scale": scale, "imagined_return": returns.mean()}
     return losses, stats | {"value_mean": value.mean()}
 
@@ -940,10 +954,9 @@ class Learner:
     """Model, optimizer and return statistics, and the one update of everything."""
 
     def __init__(self, model, args, device):
-        self.model, self.args, self.device = model, args, device
-        self.norm = ReturnNorm(args.retnorm_rate, args.retnorm_limit).to(device)
+        self.model, self.args, self.device, self.norm = model, args, device, ReturnNorm().to(device)
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.opt = LaProp(self.params, args.learning_rate, (args.beta1, args.beta2))
+        self.opt = LaProp(self.params, args.learning_rate)
         self.bf16 = args.bf16 and device.type == "cuda"
         self.scales = {"dynamics": args.dyn_scale, "representation": args.rep_scale, "replay_value": args.repval_scale}
         self.bad = None  # which loss terms, or the gradient norm, were not finite; set once, on the device
@@ -955,7 +968,7 @@ class Learner:
             more, stats = behavior_loss(self.model, self.norm, batch, h, z, self.args)
         losses = {k: v.float().mean() for k, v in (losses | more).items()}
         loss = sum(self.scales.get(k, 1.0) * v for k, v in losses.items())  # eq. 2, 5, 6 in one backward
-        self.opt.zero_grad()
+        self.model.zero_grad()
         loss.backward()
         norms = agc_([p.grad for p in self.params], self.params, self.args.agc_clip)
         # No step on bad numbers, decided on the device. The main loop looks at `bad` when it reads metrics.
@@ -963,14 +976,12 @@ class Learner:
         if self.bad is None:
             self.bad, self.names = torch.zeros_like(bad), [*losses, "gradient norm"]
         self.bad.copy_(torch.where(self.bad.any(), self.bad, bad))
-        rate = lr_at(self.opt.count, self.args.learning_rate, self.args.warmup_updates)
+        rate = lr_at(self.opt.state["count"], self.args.learning_rate, self.args.warmup_updates)
         self.opt.step(rate, ~self.bad.any())
         slow, fast = list(self.model.slow.parameters()), [p.detach() for p in self.model.val.parameters()]
         torch._foreach_lerp_(slow, fast, self.args.tau)
-        metrics = (
-            {k: v.detach() for k, v in losses.items()} | stats | {"grad_norm": norms.norm(), "learning_rate": rate}
-        )
-        return metrics, h.detach().to(torch.bfloat16), z.detach().argmax(-1).to(torch.uint8)
+        stats |= {k: v.detach() for k, v in losses.items()} | {"grad_norm": norms.norm(), "learning_rate": rate}
+        return stats, h.detach().to(torch.bfloat16), z.detach().argmax(-1).to(torch.uint8)
 
     def check(self, where=""):
         """Raise FloatingPointError naming what was not finite. Waits for the device."""
@@ -979,36 +990,21 @@ class Learner:
             raise FloatingPointError(f"not finite at {where}: {names}; no optimizer step was taken")
 
     def state_dict(self):
-        return {"model": self.model.state_dict(), "optimizer": self.opt.state_dict(), "return_range": self.norm.range}
+        return {"model": self.model.state_dict(), "optimizer": self.opt.state, "return_range": self.norm.range}
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
-        self.opt.load_state_dict(state["optimizer"])
         self.norm.range.copy_(state["return_range"])
+        for name, value in self.opt.state.items():
+            value.copy_(state["optimizer"][name])
 
 
-# [optional: compile
-def compile_model(model, learner):
-    """Compile the recurrent steps and the networks around them; on a GPU capture each whole update in a CUDA graph."""
-    try:
-        torch.compile(lambda x: torch.sin(x) + 1)(torch.zeros(8, device=learner.device))  # is there a working compiler?
-    except Exception as e:
-        return say(f"warning: torch.compile does not work here ({type(e).__name__}); going on without it")
-    say("compiling: the first steps take a minute or more (--no-compile starts at once)")
-    model.dyn.post_step = torch.compile(model.dyn.post_step, dynamic=False)
-    model.imag_step = torch.compile(model.imag_step, dynamic=False)
-    for network in (model.enc, model.dec):
-        network.compile(dynamic=False)  # in place: parameter names in checkpoints stay as they are
-    if learner.device.type == "cuda":
-        learner.update = Graphed(learner.update)
-
-
-class Graphed:  # shared
+class Graphed:
     """A function of a dict of tensors, captured in a CUDA graph after three ordinary calls. Outputs are reused by
     later calls."""
 
     def __init__(self, function):
-        self.function, self.calls, self.graph, self.stream = function, 0, None, torch.cuda.Stream()
+        self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
 
     def __call__(self, inputs):
         self.calls += 1
@@ -1018,7 +1014,7 @@ class Graphed:  # shared
                 outputs = self.function(inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
-        if self.graph is None:
+        if self.calls == 4:
             self.inputs, self.graph = {k: v.clone() for k, v in inputs.items()}, torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):  # records, does not run
                 self.outputs = self.function(self.inputs)
@@ -1027,7 +1023,15 @@ class Graphed:  # shared
         return self.outputs
 
 
-# compile]
+def compile_model(model, learner):
+    """Compile the recurrent steps and the networks around them; on a GPU capture each whole update in a CUDA graph."""
+    print("compiling: the first steps take a minute or more (--no-compile starts at once)", flush=True)
+    for owner, name in ((model.dyn, "post_step"), (model.dyn, "back_step"), (model, "imag_step")):
+        setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
+    model.enc.compile(dynamic=False)  # in place: parameter names in checkpoints stay as they are
+    model.dec.compile(dynamic=False)
+    if learner.device.type == "cuda":
+        learner.update = Graphed(learner.update)
 
 
 # ---- Replay ----------------------------------------------------------------------------------------------------------
@@ -1055,10 +1059,6 @@ class Replay:
         specs |= dict.fromkeys(("is_first", "is_last", "is_terminal"), ((), torch.bool))
         return specs | {"deter": ((config["deter"],), torch.bfloat16), "stoch": ((config["stoch"],), torch.uint8)}
 
-    @staticmethod
-    def row_bytes(specs):
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-
     def add(self, envs, rows):
         """Append one row to each environment in `envs` (n,): rows {name: (n, ...)} as arrays or tensors."""
         index = torch.as_tensor(envs * self.capacity + self.count[envs] % self.capacity, device=self.device)
@@ -1066,9 +1066,9 @@ class Replay:
             data.flatten(0, 1)[index] = torch.as_tensor(rows[name], device=self.device).to(data.dtype)
         self.count[envs] += 1
         # Online queue: every stretch of T+1 new rows is trained on once, soon after it was collected.
-        self.queue.extend(
-            (int(e), int(self.count[e]) - self.length - 1) for e in envs if not self.count[e] % (self.length + 1)
-        )
+        # NOTE: it begins at row 1, as the authors' does: rows 1, T+2, 2T+3 ... of an environment.
+        size, count = self.length + 1, self.count[envs]
+        self.queue.extend((int(e), int(n) - size) for e, n in zip(envs, count) if n > size and n % size == 1 % size)
 
     def sequences(self):
         """Number of stored sequences per environment."""
@@ -1107,10 +1107,9 @@ class Replay:
 
     def state_dict(self):
         filled = int(min(self.count.max(), self.capacity))
-        whole = (
-            filled == self.capacity or self.device.type != "cpu"
-        )  # a part must be copied: a view would save everything
-        rows = {k: v[:, :filled].cpu() if whole else v[:, :filled].clone() for k, v in self.data.items()}
+        rows = {
+            k: v[:, :filled].to("cpu", copy=True) for k, v in self.data.items()
+        }  # a view would save all of the buffer
         counters = {"count": self.count.tolist(), "queue": list(self.queue), "rng": self.rng.bit_generator.state}
         return counters | {"rows": rows}
 
@@ -1140,37 +1139,35 @@ class Ratio:
 # ---- Environment -----------------------------------------------------------------------------------------------------
 
 
-def resize(image, size):  # shared
-    """(H, W, C) uint8 -> (size, size, C), bilinear."""
+def resize(image, size):
+    """(H, W, C) uint8 of any number of channels -> (size, size, C), bilinear, always a copy."""
     if image.shape[:2] == (size, size):
-        return image
-    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    return np.asarray(picture.resize((size, size), Image.BILINEAR)).reshape(size, size, -1)
+        return image.copy()
+    planes = [Image.fromarray(p).resize((size, size), Image.BILINEAR) for p in np.moveaxis(image, 2, 0)]
+    return np.stack([np.asarray(p) for p in planes], 2)
 
 
 class Atari(gym.Wrapper):
     """Frame skip with the maximum of the last two frames, random no-ops; no reward clipping, no life signal."""
 
-    complete = True  # no further wrapper repeats actions or draws
-
-    def __init__(self, env, repeat, size, grayscale, noop_max):
+    # NOTE: gymnasium's AtariPreprocessing turns grey before it resizes (the authors after it), and shows a stale frame
+    # where an episode ends inside a skip.
+    def __init__(self, env, args):
         super().__init__(env)
-        self.repeat, self.size, self.grayscale, self.noop_max = repeat, size, grayscale, noop_max
-        self.observation_space = gym.spaces.Box(0, 255, (size, size, 1 if grayscale else 3), np.uint8)
+        self.args, shape = args, (args.image_size, args.image_size, 1 if args.grayscale else 3)
+        self.observation_space = spaces.Box(0, 255, shape, np.uint8)
 
     def reset(self, *, seed=None, options=None):
         frame, info = self.env.reset(seed=seed, options=options)
-        noops = np.random.default_rng(seed).integers(self.noop_max + 1)
-        for _ in range(noops):
+        for _ in range(np.random.default_rng(seed).integers(self.args.noop_max + 1)):
             frame, _, terminated, truncated, info = self.env.step(0)
             if terminated or truncated:
                 frame, info = self.env.reset(options=options)
-        # NOTE: a fresh episode must not see the frame before it: nothing is pooled here.
-        return self.picture(frame), info
+        return self.picture(frame), info  # NOTE: a fresh episode must not see the frame before it: nothing is pooled
 
     def step(self, action):
         total, frames = 0.0, []
-        for _ in range(self.repeat):
+        for _ in range(self.args.action_repeat or 4):
             frame, reward, terminated, truncated, info = self.env.step(action)
             total, frames = total + float(reward), [*frames[-1:], frame]
             if terminated or truncated:
@@ -1178,569 +1175,115 @@ class Atari(gym.Wrapper):
         return self.picture(np.max(frames, axis=0)), total, terminated, truncated, info
 
     def picture(self, frame):
-        image = resize(frame, self.size)
-        if self.grayscale:  # NOTE: grey after resizing, as the authors do
-            image = (image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None]
-        return image
+        x = resize(frame, self.args.image_size)
+        return (x @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None] if self.args.grayscale else x
 
 
-class DMControl(gym.Env):  # shared
-    """DeepMind Control suite: all proprioception as float vectors, pixels by `render`."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
-
-    def __init__(self, name, size, fast=False):
-        """size: pixels per side of `render`; fast: no shadows, reflections and multisampling."""
-        from dm_control import suite
-
-        match = re.fullmatch(r"dm_control/(\w+)-(\w+)-v0", name)
-        if not match:
-            raise ValueError("wanted dm_control/<domain>-<task>-v0, for example dm_control/walker-walk-v0")
-        self.domain, self.size, self.render_mode = match[1], size, "rgb_array"
-        self.env, self.looks = suite.load(match[1], match[2]), {}
-        if fast:
-            self.looks = dict(render_flag_overrides={"shadow": False, "reflection": False})
-            visual = self.env.physics.model.vis  # read at the first render
-            visual.quality.offsamples, visual.global_.offwidth, visual.global_.offheight = 0, size, size
-        shapes = {k: int(np.prod(v.shape)) or 1 for k, v in self.env.observation_spec().items()}
-        boxes = {k: gym.spaces.Box(-np.inf, np.inf, (n,), np.float32) for k, n in shapes.items()}
-        self.observation_space, spec = gym.spaces.Dict(boxes), self.env.action_spec()
-        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if seed is not None:
-            self.env.task._random = np.random.RandomState(seed)  # the generator the suite hands to every task
-        return self.pack(self.env.reset()), {}
-
-    def step(self, action):
-        step = self.env.step(action)
-        # NOTE: only discount 0 is a true end; the suite's 1000-step limit has discount 1.
-        terminated = step.last() and step.discount == 0
-        return self.pack(step), float(step.reward or 0.0), terminated, step.last() and not terminated, {}
-
-    def pack(self, step):
-        return {k: np.asarray(v, np.float32).reshape(-1) for k, v in step.observation.items()}
-
-    def render(self):
-        camera = 2 if self.domain == "quadruped" else 0
-        image = self.env.physics.render(self.size, self.size, camera_id=camera, **self.looks)
-        return np.ascontiguousarray(image)  # NOTE: the suite's is a flipped view, which torch does not take
-
-    def close(self):
-        self.env.close()
-
-
-# [optional: crafter
-class Crafter(gym.Env):
-    """Crafter as a gymnasium environment (64x64 RGB, 17 actions, rewarded by achievements and health)."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
-    observation_space, action_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Discrete(17)
-    render_mode = "rgb_array"
-
-    def reset(self, *, seed=None, options=None):
-        import crafter
-
-        super().reset(seed=seed)
-        self.env = crafter.Env(size=(64, 64), seed=seed)
-        return self.env.reset(), {}
-
-    def step(self, action):
-        obs, reward, done, info = self.env.step(action)
-        # NOTE: a time-out is not terminal: the info's discount is 0 only when the player died.
-        return obs, float(reward), done and info["discount"] == 0, done and info["discount"] != 0, {}
-
-    def render(self):
-        return self.env.render()
-
-
-# crafter]
-
-
-def draw_minatar(state, size):  # shared
-    """(10, 10, C) bool -> (size, size, 3) uint8: one hue per channel, whole pixels, black border."""
-    hues = np.linspace(0, 1, state.shape[2], endpoint=False)[:, None] + np.array([0, 1 / 3, 2 / 3])
-    colors = (255 * np.clip(np.abs(hues % 1 * 6 - 3) - 1, 0.15, 1)).astype(np.uint8)  # (C, 3)
-    image = np.zeros((*state.shape[:2], 3), np.uint8)
-    for channel, color in enumerate(colors):
-        image[state[..., channel]] = color
-    zoom = max(1, size // state.shape[0])
-    image = image.repeat(zoom, 0).repeat(zoom, 1)[:size, :size]
-    pad = [((size - n) // 2, size - n - (size - n) // 2) for n in image.shape[:2]]
-    return np.pad(image, (*pad, (0, 0)))
-
-
-class Pixels(gym.ObservationWrapper):  # shared
-    """Observe what the environment draws (MinAtar: its state in colours) instead of its own observation."""
+class MinAtar(gym.Wrapper):
+    """MinAtar with a picture of its state: (10, 10, C) bool -> (size, size, 3), one hue per channel."""
 
     def __init__(self, env, size):
         super().__init__(env)
-        self.size, self.minatar = size, hasattr(env.unwrapped, "game") and hasattr(env.unwrapped.game, "state_shape")
-        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
-
-    def observation(self, obs):
-        if self.minatar:
-            return draw_minatar(self.unwrapped.game.state(), self.size)
-        image = self.env.render()
-        if not isinstance(image, np.ndarray):
-            raise ValueError(f"--pixels needs rgb_array images (H, W, 3) from render(), found {type(image).__name__}")
-        return resize(image, self.size)
-
-
-class Repeat(gym.Wrapper):  # shared
-    """Repeat each action, add up the rewards, stop at the end of the episode."""
-
-    def __init__(self, env, repeat):
-        super().__init__(env)
-        self.repeat = repeat
-
-    def step(self, action):
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
-
-
-class Adapter(gym.Wrapper):  # shared
-    """Any supported environment as: Dict observations (uint8 images (H, W, C), float32 vectors (n,), int64 numbers) and
-    Discrete(n) or Box(-1, 1) actions. Raises ValueError with what was wanted and what was found."""
-
-    def __init__(self, env, size):
-        super().__init__(env)
-        space, self.size, self.kinds = env.observation_space, size, {}
-        self.single = not isinstance(space, gym.spaces.Dict)
-        self.source = {"observation": space} if self.single else dict(space.spaces)
-        out = {}
-        for key, s in self.source.items():
-            if isinstance(s, gym.spaces.Discrete):
-                self.kinds[key], out[key] = "number", gym.spaces.Discrete(s.n)
-            elif isinstance(s, gym.spaces.Box) and s.dtype == np.uint8 and len(s.shape) > 1:
-                if len(s.shape) != 3 or s.shape[2] not in (1, 3):
-                    raise ValueError(f"images must be uint8 (height, width, 1 or 3), {key!r} is {s.dtype} {s.shape}")
-                self.kinds[key], out[key] = "image", gym.spaces.Box(0, 255, (size, size, s.shape[2]), np.uint8)
-            elif isinstance(s, gym.spaces.Box) and math.prod(s.shape) <= 4096:
-                n = math.prod(s.shape)
-                self.kinds[key], out[key] = "vector", gym.spaces.Box(-np.inf, np.inf, (n,), np.float32)
-            else:
-                found = f"{s} in a Dict with the keys {sorted(self.source)}" if not self.single else str(s)
-                wanted = "images, vectors of up to 4096 numbers or Discrete"
-                raise ValueError(f"observations must be {wanted}, {key!r} is {found}")
-        self.observation_space, a = gym.spaces.Dict(out), env.action_space
-        if isinstance(a, gym.spaces.Discrete):
-            self.action_space = gym.spaces.Discrete(a.n)
-        elif isinstance(a, gym.spaces.Box) and len(a.shape) == 1 and a.dtype.kind == "f":
-            self.action_space = gym.spaces.Box(-1, 1, a.shape, np.float32)
-        else:
-            raise ValueError(f"actions must be Discrete or a one-dimensional float Box, found {a}")
-
-    def convert(self, obs):
-        obs, out = {"observation": obs} if self.single else obs, {}
-        for key, kind in self.kinds.items():
-            value, space = np.asarray(obs[key]), self.source[key]
-            if value.shape != space.shape or (kind == "image" and value.dtype != np.uint8):
-                sent = f"{value.dtype} {value.shape}"
-                raise ValueError(f"{key!r} is declared {space.dtype} {space.shape}, the environment sent {sent}")
-            if kind == "image":
-                out[key] = resize(value, self.size)
-            elif kind == "number":
-                out[key] = np.int64(value - space.start)
-            else:
-                out[key] = value.astype(np.float32).reshape(-1)
-        return out
+        hues = np.linspace(0, 1, env.unwrapped.game.n_channels, endpoint=False)[:, None] + np.array([0, 1 / 3, 2 / 3])
+        self.size, self.colors = size, (255 * np.clip(np.abs(hues % 1 * 6 - 3) - 1, 0.15, 1)).astype(np.uint8)  # (C, 3)
 
     def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=seed, options=options)
-        return self.convert(obs), info
+        self.unwrapped.game.last_action = 0  # NOTE: else the first sticky action comes from the episode before
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, action):
-        space = self.env.action_space
-        if isinstance(space, gym.spaces.Discrete):
-            action = int(action) + int(space.start)
-        else:  # the policy's Gaussian is unbounded: clip, then stretch to the environment's bounds where it has them
-            action = np.clip(action, -1, 1)
-            bounded = np.isfinite(space.low) & np.isfinite(space.high)
-            low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-            action = (low + (action + 1) / 2 * (high - low)).astype(space.dtype)
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return self.convert(obs), float(reward), bool(terminated), bool(truncated), info
+        if self.unwrapped.game.env_name == "freeway":  # NOTE: it ends by its clock alone, which is no terminal state
+            terminated, truncated = False, terminated or truncated
+        return obs, reward, terminated, truncated, info
+
+    def render(self):  # NOTE: the package's own picture is float in 0..1
+        state, image = self.unwrapped.game.state(), np.zeros((10, 10, 3), np.uint8)
+        for channel, color in enumerate(self.colors):
+            image[state[..., channel]] = color
+        image = image.repeat(max(1, self.size // 10), 0).repeat(max(1, self.size // 10), 1)[: self.size, : self.size]
+        rest = self.size - len(image)
+        return np.pad(image, ((rest // 2, rest - rest // 2), (rest // 2, rest - rest // 2), (0, 0)))
 
 
-PACKAGES = {"ALE": ("ale_py", "ale-py"), "MinAtar": ("minatar", "minatar"), "dm_control": ("dm_control", "dm_control")}
+def convert(space, size, name="observation"):
+    """What the model sees of an observation: (space, function that brings values there, always as a copy). Images
+    become uint8 (size, size, C), other boxes float32 (n,), numbers count from 0, lists of them are one-hot."""
+    if isinstance(space, spaces.Dict) and not any(isinstance(s, spaces.Dict) for s in space.values()):
+        parts = {k: convert(s, size, k) for k, s in space.items()}
+        return spaces.Dict({k: p[0] for k, p in parts.items()}), lambda x: {k: p[1](x[k]) for k, p in parts.items()}
+    if isinstance(space, spaces.Discrete):
+        return spaces.Discrete(space.n), lambda x: np.int64(x - space.start)
+    shape = space.shape + (1,) if len(space.shape or ()) == 2 else space.shape
+    if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(shape) == 3 and space.high.max() == 255:
+        axis = 0 if shape[0] < min(shape[1:]) else 2  # of the channels: frame stacks have them in front
+        box = spaces.Box(0, 255, (size, size, shape[axis]), np.uint8)
+        return box, lambda x: resize(np.moveaxis(np.reshape(x, shape), axis, 2), size)
+    if not isinstance(space, (spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)) or spaces.flatdim(space) > 4096:
+        raise ValueError(f"observations must be uint8 images, up to 4096 numbers or Discrete, {name!r} is {space}")
+    box = spaces.Box(-np.inf, np.inf, (spaces.flatdim(space),), np.float32)
+    return box, lambda x: np.array(spaces.flatten(space, x), np.float32)
 
 
-def env_family(args):  # shared
-    """ALE, MinAtar, dm_control, or whatever stands before the slash of an id."""
-    return args.env_id.split(":")[-1].split("/")[0]
-
-
-def registered_env(args, **kwargs):  # shared
-    """An environment of gymnasium's registry, where those of ALE and MinAtar are put first; `kwargs` win over flags."""
-    family, kwargs = env_family(args), json.loads(args.env_kwargs) | kwargs
+def make_env(args, seed):
+    """The environment as the agent sees it. Observations: Box (uint8 images, float32 vectors) or Discrete, or a Dict of
+    them; actions: Discrete(n), or Box(-1, 1). Raises ValueError with what was wanted and what was found. Episodes are
+    functions of the seed of their reset and of the actions; a first reset without a seed goes on from `seed`."""
+    *modules, name = args.env_id.split(":")
+    family, kwargs = name.split("/")[0], json.loads(args.env_kwargs)
+    for module in modules:
+        importlib.import_module(module)
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draw without a display
+        os.environ.setdefault("MUJOCO_GL", "egl")
     if family == "ALE":
-        import ale_py
+        import ale_py  # noqa: F401 (registers its ids)
 
-        gym.register_envs(ale_py)
+        # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours.
+        flags = dict(repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space)
+        kwargs = dict(frameskip=1, **flags) | kwargs
+    elif family == "dm_control":
+        import shimmy  # noqa: F401 (registers its ids)
+
+        camera = dict(height=args.image_size, width=args.image_size, camera_id=2 if "quadruped" in args.env_id else 0)
+        kwargs = dict(render_kwargs=camera, render_mode="rgb_array") | kwargs
     elif family == "MinAtar":
         import minatar.gym
 
-        if args.env_id not in gym.registry:
+        if name not in gym.registry:
             minatar.gym.register_envs()
-        kwargs |= dict(max_episode_steps=2500) if not args.max_episode_steps else {}  # MinAtar has no limit
-    if args.pixels and family != "MinAtar":
-        kwargs |= dict(render_mode="rgb_array")
-    return gym.make(args.env_id, **kwargs)
+        kwargs = dict(max_episode_steps=args.max_episode_steps or 2500) | kwargs  # it has no limit of its own
+    creator = gym.spec(name).entry_point
+    creator = gym.envs.registration.load_env_creator(creator) if isinstance(creator, str) else creator
+    if "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ()):
+        kwargs = dict(render_mode="rgb_array") | kwargs
+    env = gym.make(name, disable_env_checker=True, **kwargs)
+    env = gym.wrappers.TransformReward(env, lambda r: float(np.asarray(r).item()))  # some send arrays of one number
+    if family == "ALE":
+        env = Atari(env, args)
+    elif (args.action_repeat or 1) > 1:
+        env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    env = MinAtar(env, args.image_size if args.pixels else 160) if family == "MinAtar" else env
+    env = gym.wrappers.AddRenderObservation(env) if args.pixels and family != "ALE" else env
+    space, function = convert(env.observation_space, args.image_size)
+    env, a = gym.wrappers.TransformObservation(env, function, space), env.action_space
+    if isinstance(a, spaces.Discrete):
+        env = gym.wrappers.TransformAction(env, lambda x: int(x) + int(a.start), spaces.Discrete(a.n))
+    elif isinstance(a, spaces.Box) and a.dtype.kind == "f":
+        bounded = np.isfinite(a.low) & np.isfinite(a.high)
+        low, high = (np.where(bounded, x, d).astype(float) for x, d in ((a.low, -1), (a.high, 1)))
 
+        def rescale(x):  # the policy's Gaussian is unbounded: clip, stretch to the bounds, and never round beyond them
+            x = low + (np.clip(np.reshape(x, a.shape), -1, 1) + 1) / 2 * (high - low)
+            return np.clip(x.astype(a.dtype), a.low, a.high)
 
-def atari_env(args):
-    # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours.
-    settings = dict(repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space)
-    env = registered_env(args, frameskip=1, **settings)
-    return Atari(env, args.action_repeat or 4, args.image_size, args.grayscale, args.noop_max)
-
-
-# Environments that are not built by gymnasium.make alone.
-FAMILIES = {"ALE": atari_env, "dm_control": lambda args: DMControl(args.env_id, args.image_size)}
-# [optional: crafter
-FAMILIES["Crafter-v1"] = lambda args: Crafter()
-# crafter]
-
-
-def make_env(args, index, key=0):  # shared
-    """A function that builds environment `index`, with every wrapper. Episodes of different keys never share a seed."""
-
-    def thunk():
-        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draw without a display
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        env = FAMILIES.get(env_family(args), registered_env)(args)
-        if not getattr(env, "complete", False):  # Atari's wrapper repeats and draws by itself
-            env = Repeat(env, args.action_repeat) if (args.action_repeat or 1) > 1 else env
-            env = Pixels(env, args.image_size) if args.pixels else env
-        env = Adapter(env, args.image_size)
-        if args.max_episode_steps:
-            env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
-        return CheckedEnv(SeededReset(gym.wrappers.RecordEpisodeStatistics(env), (args.seed, key, index)), index)
-
-    return thunk
-
-
-def make_envs(args, n, key=0):  # shared
-    """n environments in lockstep. NOTE: SAME_STEP, so that the true last observation arrives with the end of its
-    episode."""
-    return gym.vector.SyncVectorEnv(
-        [make_env(args, i, key) for i in range(n)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
-    )
-
-
-def to_torch(obs, device):  # shared
-    return {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
-
-
-def env_actions(action, discrete):
-    """(N, A) one-hot or real -> what the environments take."""
-    return action.argmax(-1).cpu().numpy() if discrete else action.cpu().numpy()
-
-
-# ---- Evaluation and dreams -------------------------------------------------------------------------------------------
-
-
-def random_policy(action_space, seed):  # shared
-    """Uniform actions, as a policy: observations, is_first, its state -> actions, its state."""
-    rng, n = np.random.default_rng(seed), getattr(action_space, "n", None)
-    shape = () if n else action_space.shape
-
-    def policy(obs, first, state):
-        size = (len(first), *shape)
-        return (rng.integers(n, size=size) if n else rng.uniform(-1, 1, size).astype(np.float32)), state
-
-    return policy
-
-
-def agent_policy(model, device, greedy=False):
-    """The trained actor, with its recurrent state, as a policy for play_episodes."""
-
-    def policy(obs, first, state):
-        if state is None:
-            state = *model.dyn.initial(len(first), device), torch.zeros(len(first), model.pol.out_dim, device=device)
-        state = model.act(to_torch(obs, device), torch.as_tensor(first, device=device), *state, greedy)
-        return env_actions(state[2], model.pol.discrete), state
-
-    return policy
-
-
-def picture_of(env, obs):  # shared
-    """What the environment renders, if it does, else its observation."""
-    image = env.render() if getattr(env.unwrapped, "render_mode", None) == "rgb_array" else None
-    return image if isinstance(image, np.ndarray) and image.ndim == 3 else draw(obs)
-
-
-def play_episodes(args, policy, episodes, key, video=None, stop=None):  # shared
-    """Returns of one episode in each of `episodes` fresh environments; `video`: path for a GIF of the first one;
-    `stop`: a StopSignal that ends it early."""
-    envs, frames, state, first = make_envs(args, episodes, key), [], None, np.ones(episodes, bool)
-    returns, alive = np.zeros(episodes), np.ones(episodes, bool)
-    try:
-        obs, _ = envs.reset()
-        for _ in range(args.max_episode_steps or 27_000):  # an environment without a limit ends here
-            if video and alive[0]:
-                frames.append(picture_of(envs.envs[0], {k: v[0] for k, v in obs.items()}))
-            actions, state = policy(obs, first, state)
-            obs, reward, terminated, truncated, _ = envs.step(actions)
-            returns, first = returns + reward * alive, terminated | truncated
-            alive &= ~first
-            if not alive.any() or (stop and stop.signum):
-                break
-    finally:
-        envs.close()
-    if video:
-        save_gif(frames, video)
-    return [float(r) for r in returns]
-
-
-def record_clips(args, policy, action_space, n, length, key, skip=0):
-    """n clips of `length` rows from fresh environments under `policy`, after `skip` steps: {name: (n, length, ...)}.
-    Rows follow the file's time convention; an agent's latents and action before the first row come along as h, z,
-    previous."""
-    envs, rows, state, first = make_envs(args, n, key), [], None, np.ones(n, bool)
-    try:
-        obs, _ = envs.reset()
-        for t in range(skip + length):
-            if t == skip:
-                before = state
-            actions, state = policy(obs, first, state)
-            stored = np.eye(action_space.n, dtype=np.float32)[actions] if hasattr(action_space, "n") else actions
-            if t >= skip:
-                rows.append({f"obs/{k}": v for k, v in obs.items()} | {"action": stored, "is_first": first})
-            obs, _, terminated, truncated, _ = envs.step(actions)
-            first = terminated | truncated
-    finally:
-        envs.close()
-    clips = {k: torch.as_tensor(np.stack([r[k] for r in rows], 1)) for k in rows[0]}
-    return clips | (dict(zip(("h", "z", "previous"), before, strict=True)) if before else {})
-
-
-@torch.no_grad()
-def open_loop(model, clips, context):
-    """The world model on clips {name: (N, L, ...)} it did not train on. It sees `context` rows, then dreams on with
-    the true actions. Returns metrics (mean squared errors per number, images in [0, 1], vectors in symlog space)
-    beside those of the trivial predictors, and the decoded (N, L, ...) observations: posterior before `context`, dream
-    after it."""
-    obs = {k[4:]: v for k, v in clips.items() if k.startswith("obs/")}
-    first, actions = clips["is_first"], clips["action"]
-    h, z = model.dyn.initial(len(first), first.device)
-    # NOTE: a clip from the middle of an episode needs the latents before it. Zeros there mean "an episode begins", and
-    # a model that has learned how episodes begin then believes its memory more than the images.
-    h, z, before = clips.get("h", h), clips.get("z", z), clips.get("previous", torch.zeros_like(actions[:, 0]))
-    previous = torch.cat([before.unsqueeze(1), actions[:, :-1]], 1)  # (N, L, A)
-    h, z, _ = model.dyn.observe(model.enc(obs), previous, first, h, z)
-    posterior, one_step = model.dec(h, z), model.dec(h, sample_onehot(model.dyn.prior(h)))
-    hd, zd, states = h[:, context - 1], z[:, context - 1], []
-    for action in previous[:, context:].unbind(1):
-        hd = model.dyn.core(hd, zd, action)
-        zd = sample_onehot(model.dyn.prior(hd))
-        states.append((hd, zd))
-    dream = model.dec(*(torch.stack(s, 1) for s in zip(*states, strict=True)))
-    same = (first[:, context:].cumsum(1) == 0).float()  # (N, L - context): rows before the next episode begins
-    flow = (~first[:, 1:]).float()  # (N, L - 1)
-    errors = {}
-
-    def add(name, prediction, target, mask):
-        error = ((prediction - target) ** 2).flatten(2).mean(-1)
-        errors.setdefault(name, []).append((error * mask).sum() / mask.sum().clamp(min=1))
-
-    for k, v in obs.items():
-        if v.dtype == torch.int64:
-            continue
-        x = v.float() / 255 if v.dtype == torch.uint8 else symlog(v)
-        add("posterior_mse", posterior[k], x, torch.ones_like(first, dtype=torch.float32))
-        add("mean_frame_mse", x.mean((0, 1), keepdim=True), x, torch.ones_like(first, dtype=torch.float32))
-        add("one_step_mse", one_step[k][:, 1:], x[:, 1:], flow)
-        add("copy_previous_mse", x[:, :-1], x[:, 1:], flow)
-        add("open_loop_mse", dream[k], x[:, context:], same)
-        add("copy_last_mse", x[:, context - 1 : context], x[:, context:], same)
-    shown = {k: torch.cat([posterior[k][:, :context], dream[k]], 1) for k in obs}
-    return {k: float(torch.stack(v).mean()) for k, v in errors.items()}, to_obs(shown, obs)
-
-
-def to_obs(decoded, like):
-    """Decoder outputs -> numpy observations of the environment's own types."""
-    out = {}
-    for k, v in decoded.items():
-        kind = like[k].dtype
-        if kind in (torch.uint8, np.uint8):
-            out[k] = (v.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        else:
-            out[k] = v.argmax(-1).cpu().numpy() if kind in (torch.int64, np.int64) else symexp(v).float().cpu().numpy()
-    return out
-
-
-def draw(obs, size=96):  # shared
-    """One observation {key: array} as an RGB picture: its first image, or else bars for its numbers."""
-    for value in obs.values():
-        if np.ndim(value) == 3:
-            image = np.broadcast_to(value, (*value.shape[:2], 3))
-            return np.ascontiguousarray(image.repeat(z := max(1, size // len(image)), 0).repeat(z, 1))
-    numbers = np.concatenate([np.atleast_1d(v).astype(np.float32).ravel() for v in obs.values()])[: size // 3]
-    image, width = np.full((size, size, 3), 24, np.uint8), size // len(numbers)
-    for i, height in enumerate(size // 2 - (np.tanh(numbers) * (size // 2 - 4)).astype(int)):
-        top, bottom = sorted((int(height), size // 2))
-        image[top : bottom + 2, i * width + 1 : (i + 1) * width - 1] = (90, 170, 250)
-    return image
-
-
-def dream_frames(truth, shown, context):  # shared
-    """Frames of the open-loop video: truth, model, difference below each other, clips side by side. The border is green
-    while the model sees the truth and red while it dreams."""
-    (clips, length), frames = next(iter(shown.values())).shape[:2], []
-    for t in range(length):
-        columns, color = [], (0, 180, 0) if t < context else (220, 0, 0)
-        for n in range(min(4, clips)):
-            a, b = (draw({k: v[n, t] for k, v in x.items()}) for x in (truth, shown))
-            rows = [(a, (0, 0, 0)), (b, color), (((b.astype(int) - a) // 2 + 128).astype(np.uint8), (0, 0, 0))]
-            for i, (image, border) in enumerate(rows):
-                rows[i] = np.full((len(image) + 6, image.shape[1] + 6, 3), border, np.uint8)
-                rows[i][3:-3, 3:-3] = image
-            columns.append(np.concatenate(rows))
-        frames.append(np.concatenate(columns, 1))
-    return frames
-
-
-def load_agent(path, device="cpu"):
-    """Model and checkpoint of a run directory, to act or to dream: model, state."""
-    state = load_checkpoint(path, "dreamerv3")
-    model = Dreamer(space_from(state["spaces"]["observation"]), space_from(state["spaces"]["action"]), state["config"])
-    model.load_state_dict(state["learner"]["model"])
-    return model.to(device).eval(), state
-
-
-def space_to(space):  # shared
-    """A space of Adapter in plain types."""
-    if isinstance(space, gym.spaces.Dict):
-        return {k: space_to(s) for k, s in space.items()}
-    if isinstance(space, gym.spaces.Discrete):
-        return int(space.n)
-    return [list(space.shape), str(space.dtype), float(space.high.flat[0])]
-
-
-def space_from(plain):  # shared
-    if isinstance(plain, dict):
-        return gym.spaces.Dict({k: space_from(v) for k, v in plain.items()})
-    if isinstance(plain, int):
-        return gym.spaces.Discrete(plain)
-    shape, dtype, high = plain
-    return gym.spaces.Box(0 if dtype == "uint8" else -high, high, tuple(shape), np.dtype(dtype).type)
-
-
-class DreamEnv(gym.Env):
-    """The learned world as an environment. `path`: run directory. Observations are a Dict, or the only entry by itself.
-
-    reset(options={"observations": {key: (T, ...)}, "actions": (T, ...)}) filters real context from the beginning of an
-    episode (action t follows observation t; the last one is not used) and dreams on from it; without options it starts
-    from context kept in the checkpoint."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
-
-    def __init__(self, path, render_mode="rgb_array", max_steps=1000, device="cpu"):
-        self.model, state = load_agent(path, device)
-        self.device, self.render_mode, self.max_steps = torch.device(device), render_mode, max_steps
-        self.space, self.context = space_from(state["spaces"]["observation"]), state["context"]
-        self.single, self.gamma = list(self.space) == ["observation"], state["args"]["gamma"]
-        self.observation_space = self.space["observation"] if self.single else self.space
-        self.action_space, self.noise = space_from(state["spaces"]["action"]), torch.Generator(device)
-
-    def one_hot(self, actions):
-        """Actions of the environment (T, ...) -> (1, T, A)."""
-        actions = torch.as_tensor(np.asarray(actions), device=self.device)
-        actions = F.one_hot(actions.long(), self.model.pol.out_dim) if self.model.pol.discrete else actions.clamp(-1, 1)
-        return actions.float()[None]
-
-    def sample(self, probs):
-        return sample_onehot(probs, torch.rand(probs.shape[:-1], device=self.device, generator=self.noise))
-
-    @torch.no_grad()
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.noise.manual_seed(int(self.np_random.integers(2**31)))
-        if options and "observations" in options:
-            obs = options["observations"]
-            obs = {"observation": obs} if self.single and not isinstance(obs, dict) else obs
-            obs = {k: np.asarray(v, self.space[k].dtype) for k, v in obs.items()}
-            T = len(options.get("actions", ()))
-            if not T or any(v.shape != (T, *self.space[k].shape) for k, v in obs.items()):
-                found = {k: v.shape for k, v in obs.items()}
-                raise ValueError(f"observations and actions must all have T > 0 entries, got {found} and {T} actions")
-            obs = to_torch({k: v[None] for k, v in obs.items()}, self.device)
-            actions, (h, z) = self.one_hot(options["actions"]), self.model.dyn.initial(1, self.device)
-            previous = torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], 1)
-            first = torch.arange(actions.shape[1], device=self.device)[None] == 0
-        else:
-            if self.context is None or not len(self.context["action"]):
-                raise ValueError("this checkpoint was saved before any sequence was complete: pass options")
-            clip = int(self.np_random.integers(len(self.context["action"])))
-            rows = {k: v[clip : clip + 1].to(self.device) for k, v in self.context.items()}
-            obs = {k[4:]: v[:, 1:] for k, v in rows.items() if k.startswith("obs/")}
-            previous, first, h = rows["action"][:, :-1], rows["is_first"][:, 1:], rows["deter"][:, 0].float()
-            z = F.one_hot(rows["stoch"][:, 0].long(), self.model.dyn.classes).float()
-        h, z, _ = self.model.dyn.observe(self.model.enc(obs), previous, first, h, z, self.noise)
-        self.h, self.z, self.steps = h[:, -1], z[:, -1], 0
-        return self.decode(), {}
-
-    @torch.no_grad()
-    def step(self, action):
-        self.h = self.model.dyn.core(self.h, self.z, self.one_hot(np.asarray(action)[None])[0])
-        self.z, self.steps = self.sample(self.model.dyn.prior(self.h)), self.steps + 1
-        feat = self.model.feat(self.h, self.z)
-        reward = float(two_hot_mean(self.model.rew(feat), self.model.bins))
-        alive = min(1.0, float(torch.sigmoid(self.model.con(feat))) / self.gamma)  # the head predicts gamma times this
-        return self.decode(), reward, alive < 0.5, self.steps >= self.max_steps, {"continue": alive}
-
-    def decode(self):
-        out = to_obs(self.model.dec(self.h, self.z), self.space)
-        self.obs = {k: np.int64(v[0]) if np.ndim(v[0]) == 0 else v[0] for k, v in out.items()}
-        return self.obs["observation"] if self.single else dict(self.obs)
-
-    def render(self):
-        return draw(self.obs, 256)
-
-
-# [optional: play
-def play(args):
-    """Play inside the dream: digits and letters choose Discrete actions, pairs of keys move the dimensions of a Box."""
-    check_ranges(args, RANGES)
-    env = DreamEnv(args.play)
-    if env.context is None or not len(env.context["action"]):
-        fail(f"{args.play} has no sequence to start a dream from: go on with --resume first")
-    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    if headless or os.environ.get("SDL_VIDEODRIVER") == "dummy":
-        path = os.path.join(args.play, "eval-dream.gif")
-        obs, _ = env.reset(seed=args.seed)
-        frames, policy, state = [env.render()], agent_policy(env.model, "cpu"), None
-        for t in range(100):
-            obs = {"observation": obs} if env.single else obs
-            action, state = policy({k: np.asarray(v)[None] for k, v in obs.items()}, np.array([t == 0]), state)
-            obs, _, terminated, truncated, _ = env.step(action[0])
-            frames.append(env.render())
-            if terminated or truncated:
-                break
-        save_gif(frames, path)
-        return say(f"no display to play on: wrote the policy's dream to {path}")
-    from gymnasium.utils.play import play as play_env
-
-    keys, n = "1234567890abcdefghijklmnopqrstuvwxyz", env.model.pol.out_dim
-    if env.model.pol.discrete:
-        mapping, noop = {keys[i]: i for i in range(min(n, len(keys)))}, 0
+        env = gym.wrappers.TransformAction(env, rescale, spaces.Box(-1, 1, (math.prod(a.shape),), np.float32))
     else:
-        units = np.concatenate([-np.eye(n, dtype=np.float32), np.eye(n, dtype=np.float32)])
-        mapping, noop = {keys[i]: units[i // 2 + n * (i % 2)] for i in range(2 * min(n, 18))}, np.zeros(n, np.float32)
-    say("keys: " + ", ".join(f"{k} = {v}" for k, v in mapping.items()) + "; Escape ends")
-    play_env(env, keys_to_action=mapping, noop=noop, zoom=2, fps=10)
-
-
-# play]
+        raise ValueError(f"actions must be Discrete or a float Box, found {a}")
+    env = gym.wrappers.TimeLimit(env, args.max_episode_steps) if args.max_episode_steps else env
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+    env.reset(seed=int(seed))
+    return env
 
 
 # ---- Plumbing (shared by all scripts) --------------------------------------------------------------------------------
@@ -1752,714 +1295,448 @@ def fail(message):  # shared
     raise SystemExit(2)
 
 
-def say(text):  # shared
-    """Print a line; if the reader of a pipe is gone, stop cleanly."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def parse_args(cls, presets, description):  # shared
-    """Command line -> cls. Defaults: --preset, or the run given to --resume, --evaluate or --play. Flags win."""
-    words, defaults = [w for a in sys.argv[1:] for w in a.split("=", 1)], {}
-    given = {w: words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith("--")}
-    run = next((given[f] for f in ("--resume", "--evaluate", "--play") if f in given), None)
+def parse_args(cls, presets, description, changeable):  # shared
+    """Command line -> cls. Defaults: --preset, or the run given to --resume, of which only `changeable` may change.
+    Flags win."""
+    words = [w for a in sys.argv[1:] for w in a.split("=", 1)]
+    given = {w.replace("_", "-"): v for w, v in zip(words, words[1:]) if w.startswith("--")}
+    defaults, run = presets.get(given.get("--preset"), {}), given.get("--resume")
+    own, known = defaults.get("env_id", cls.env_id), {f.name for f in fields(cls)}
+    if given.get("--env-id", own).split("/")[0] != own.split("/")[0]:  # what a preset says belongs to its environments
+        defaults = {k: v for k, v in defaults.items() if k not in ("env_kwargs", "action_repeat", "max_episode_steps")}
     if run is not None:
-        defaults = load_args(run)
-        defaults |= {"resume": None, "evaluate": None, "play": None}
-    elif given.get("--preset") in presets:
-        defaults = {"preset": given["--preset"], **presets[given["--preset"]]}
-    known = {f.name for f in fields(cls)}
-    if hasattr(signal, "SIGPIPE"):  # `--help | head` ends quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        try:
+            with open(os.path.join(run, "args.json"), encoding="utf-8") as f:
+                info = json.load(f)
+            defaults, script = info["args"], info["script"] + ".py"
+        except (OSError, ValueError, KeyError) as e:
+            fail(f"--resume: cannot read {run}/args.json ({type(e).__name__})")
+        if script != os.path.basename(sys.modules[cls.__module__].__file__):
+            fail(f"--resume: {run} was made by {script}")
     args = tyro.cli(cls, description=description, default=cls(**{k: v for k, v in defaults.items() if k in known}))
-    if hasattr(signal, "SIGPIPE"):  # but a training run must not die with its reader: see `say`
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    for name in known - set(changeable) if run is not None else ():
+        if (value := getattr(args, name)) != defaults[name]:
+            fail(f"--{name.replace('_', '-')} is {defaults[name]} in {run} and cannot change, got {value}")
     return args
 
 
-def load_args(run):  # shared
-    """The flags a run was started with, from its args.json."""
-    path = os.path.join(run, "args.json")
-    if not any(os.path.isfile(os.path.join(run, name)) for name in ("ckpt.pt", "ckpt.prev.pt")):
-        fail(f"no checkpoint in {run}")
+def start_run(args, device, step):  # shared
+    """Run directory (runs/{env_id}__{exp_name}__{seed}__{time}, or the resumed one) with args.json (flags, command,
+    commit, versions, hardware) and the script, and its SummaryWriter. step: where a resumed run goes on."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    script = os.path.abspath(sys.modules[type(args).__module__].__file__)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run = args.resume or os.path.join("runs", name)
+    while not args.resume and os.path.exists(run):
+        run += "-1"
+    git = f"git -C {shlex.quote(os.path.dirname(script))} describe --always --dirty 2>/dev/null"
+    cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1]
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
+    info = dict(script=os.path.basename(script)[:-3], command=sys.argv, args=asdict(args) | {"resume": None})
+    info |= dict(commit=subprocess.getoutput(git) or "unknown", hardware=hardware)
+    info["versions"] = {m.__name__: m.__version__ for m in (torch, gym, np)} | {"python": sys.version.split()[0]}
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)["args"]
-    except (OSError, ValueError, KeyError) as e:
-        fail(f"cannot read {path} ({type(e).__name__})")
+        os.makedirs(run, exist_ok=True)
+        shutil.copy(script, run)
+        with open(os.path.join(run, "args.json"), "w", encoding="utf-8") as f:
+            json.dump(info, f, indent=1)
+    except OSError as e:
+        fail(f"cannot write {run}: {e}")
+    if args.track:
+        import wandb
 
-
-def check_ranges(args, ranges):  # shared
-    for name, (low, high) in ranges.items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if value is not None and not low <= value <= high:  # NaN fails too
-            fail(f"{flag} must be {f'at least {low}' if high == math.inf else f'{low} to {high}'}, got {value}")
-        if value is not None and not math.isfinite(value):
-            fail(f"{flag} must be finite, got {value}")
-
-
-def choose_device(args):  # shared
-    """The GPU if there is one and --cuda is on; says which and why."""
-    if args.cuda and torch.cuda.is_available():
-        say(f"device: cuda ({torch.cuda.get_device_name()})")
-        return torch.device("cuda")
-    say(f"device: cpu ({'no CUDA device' if args.cuda else '--no-cuda'})")
-    return torch.device("cpu")
-
-
-def free_memory(device):  # shared
-    """Bytes that can still be allocated, or infinity where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except OSError:
-        return math.inf
-
-
-def peak_memory(device):  # shared
-    """Most memory used so far in GB, of the GPU's allocator or of this process; None where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def passed(every, step, stride):  # shared
-    """Whether the last `stride` steps went past a multiple of `every` (0: never)."""
-    return bool(every) and step // every > (step - stride) // every
-
-
-def finish(args, score, random_score, extra=""):  # shared
-    """The last line of a run; exit code 1 if a target was set and missed."""
-    line, target = f"episodic_return {score:.1f}{extra} (random {random_score:.1f}", args.target_return
-    if target is None:
-        return say(line + ")")
-    say(f"{line}, target {target:g}): {'reached' if score >= target else 'missed'}")
-    if not score >= target:
-        raise SystemExit(1)
+        name = os.path.basename(run)
+        wandb.init(project=args.track, name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True)
+    return run, SummaryWriter(run, purge_step=step)
 
 
 def seed_everything(args, device):  # shared
-    """Seeds, determinism and the allocator of this process."""
-    random.seed(args.seed)
-    np.random.seed(args.seed)
+    """Seeds, determinism, threads and the allocator of this process."""
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
     if device.type == "cpu":  # repeated indices in an assignment: the last one wins, also with several threads
         torch.use_deterministic_algorithms(args.torch_deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        # glibc hands every large tensor back to the system when it is freed and faults its pages in again when the
-        # next one is made: a third of the CPU time of image models. Keep freed memory instead (M_MMAP_MAX 0,
-        # M_TRIM_THRESHOLD 2 GB).
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-        if mallopt:
-            mallopt(-4, 0)
-            mallopt(-1, 2**31 - 1)
-    if getattr(args, "num_threads", None):
-        torch.set_num_threads(args.num_threads)
+        # NOTE: glibc hands every large tensor back to the system when it is freed and faults its pages in again when
+        # the next one is made: a third of the CPU time of image models. Keep it (M_MMAP_MAX 0, M_TRIM_THRESHOLD 2 GB).
+        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+            ctypes.CDLL(None).mallopt(-4, 0)
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
 
 
-def rng_state():  # shared
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    host = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    return host | {"torch": torch.get_rng_state(), "cuda": cuda}
+def save_checkpoint(state, run):  # shared
+    """RUN/ckpt.pt is the new state or the old one, never half of either; the old one stays as ckpt.prev.pt."""
+    path, cuda = os.path.join(run, "ckpt.pt"), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    torch.save(state | {"rng": [torch.get_rng_state(), *cuda]}, path + ".tmp")
+    if os.path.exists(path):
+        os.replace(path, os.path.join(run, "ckpt.prev.pt"))
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(run):  # shared
+    """The newest checkpoint of a run; tensors and plain types only, so that a stranger's file runs no code."""
+    path = os.path.join(run, "ckpt.pt")
+    path = path if os.path.exists(path) else os.path.join(run, "ckpt.prev.pt")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as e:
+        fail(f"cannot read {path} ({type(e).__name__}: {str(e).split('.')[0]})")
 
 
 def set_rng_state(state):  # shared
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-
-
-def atomic_save(state, path):  # shared
-    """Write a checkpoint; `path` is the new state or the old one, never half of either. Keeps the old as .prev.pt."""
-    temp = path + ".tmp"
-    try:
-        with open(temp, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if os.path.exists(path):
-            os.replace(path, path.replace(".pt", ".prev.pt"))
-        os.replace(temp, path)
-    except (OSError, RuntimeError) as e:  # disk full, quota, file size limit
-        if os.path.exists(temp):
-            os.remove(temp)
-        reason = f"({type(e).__name__}: {e})"
-        raise SystemExit(f"could not write {path} {reason}; the previous checkpoint is untouched") from None
-
-
-def write_json(data, path):  # shared
-    """Write a JSON file; `path` is the new text or the old one."""
-    try:
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(data, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as e:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise SystemExit(f"could not write {path} ({type(e).__name__}: {e})") from None
-
-
-def load_checkpoint(run, script, repair=False):  # shared
-    """The newest readable checkpoint of a run directory, plain types only; exit code 2 if there is none. `repair`:
-    move a damaged ckpt.pt away, else the next save would put it in the place of the good older one."""
-    problem = None
-    for name in ("ckpt.pt", "ckpt.prev.pt"):
-        path = os.path.join(run, name)
-        if not os.path.isfile(path):
-            continue
-        try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # reads what is used, later
-            if not isinstance(state, dict) or state.get("script") != script:
-                fail(f"{path} is not a checkpoint of {script}.py")
-            if problem:
-                say(f"warning: {problem}; going on from {path}")
-                if repair:
-                    os.replace(path.replace(".prev.pt", ".pt"), path.replace(".prev.pt", ".damaged.pt"))
-            return state
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-            problem = f"{path} is damaged ({type(e).__name__})"
-        except Exception as e:  # UnpicklingError: something else than tensors and plain types
-            plain = "Weights only" not in str(e)
-            problem = f"{path} is damaged ({type(e).__name__})" if plain else f"{path} is not a plain checkpoint"
-    fail(problem or f"no checkpoint in {run}")
-
-
-def new_run_dir(args):  # shared
-    """Create runs/{env_id}__{exp_name}__{seed}__{time}, with a suffix if that exists already."""
-    task = getattr(args, "env_id", None) or getattr(args, "dataset", "data")
-    task = re.sub(r"[^A-Za-z0-9._-]", "-", task)
-    base = os.path.join("runs", f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    for suffix in ["", *(f"-{i}" for i in range(1, 100))]:
-        try:
-            os.makedirs(base + suffix)
-            os.mkdir(os.path.join(base + suffix, "videos"))
-            break
-        except FileExistsError as e:
-            if not os.path.isdir(base + suffix):
-                fail(f"cannot write runs: {e}")
-        except OSError as e:
-            fail(f"cannot write runs: {e}")
-    return base + suffix
-
-
-def write_run_info(run, args, script, device):  # shared
-    """args.json (flags, command, commit, versions, hardware) and a copy of the script: enough to repeat the run."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(script)), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    except (OSError, subprocess.TimeoutExpired):
-        commit, cpu = "", platform.machine()
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
-    info = dict(script=os.path.basename(script)[:-3], command=sys.argv, commit=commit or "unknown", hardware=hardware)
-    info["versions"] = {m.__name__: m.__version__ for m in (torch, gym, np)} | {"python": platform.python_version()}
-    write_json(info | {"args": asdict(args) | {"resume": None}}, os.path.join(run, "args.json"))
-    copy = os.path.join(run, os.path.basename(script))
-    if not os.path.exists(copy):
-        try:
-            shutil.copy(script, copy)
-        except OSError as e:
-            raise SystemExit(f"could not write {copy} ({type(e).__name__}: {e})") from None
-
-
-def lock_run(run):  # shared
-    """Hold the run directory as long as this process lives; exit code 2 if another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    try:
-        handle = open(os.path.join(run, "lock"), "a+")
-    except OSError as e:
-        fail(f"cannot write {run}: {e}")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.seek(0)
-        fail(f"{run} is being written by process {handle.read().strip()}")
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
-
-
-def save_gif(frames, path, fps=10):  # shared
-    """Frames [(H, W, 3) uint8, ...] -> GIF file."""
-    pictures = [Image.fromarray(f).quantize(128, dither=Image.Dither.NONE) for f in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+    """Go on with the random numbers of a checkpoint."""
+    torch.set_rng_state(state[0])
+    if len(state) == 1 + torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state[1:])
 
 
 class StopSignal:  # shared
-    """Remembers the first stop signal so that the main loop can save and leave; a second one kills at once."""
+    """Remembers the first SIGTERM or Ctrl-C so that the main loop can save and leave; a second one kills at once."""
 
     def __init__(self):
         self.signum = 0
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup stays nohup
-                signal.signal(number, self)
+        signal.signal(signal.SIGTERM, self)
+        signal.signal(signal.SIGINT, self)
 
     def __call__(self, signum, frame):
         self.signum = signum
         signal.signal(signum, signal.SIG_DFL)
 
-
-class SeededReset(gym.Wrapper):  # shared
-    """Episode k starts from a seed made of (key, k): the same in every run, also after --resume."""
-
-    def __init__(self, env, key):
-        super().__init__(env)
-        self.key, self.episode = key, 0
-
-    def reset(self, *, seed=None, options=None):
-        seed = int(np.random.SeedSequence((*self.key, self.episode)).generate_state(1)[0])
-        self.episode += 1
-        return self.env.reset(seed=seed, options=options)
+    def leave(self, run):
+        """Exit as the signal asks for, if there was one."""
+        if self.signum:
+            again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)}"
+            print(f"stopped by signal {self.signum}; to go on: {again}", flush=True)
+            raise SystemExit(128 + self.signum)
 
 
-class EnvFault(Exception):  # shared
-    """An environment raised an exception or returned bad numbers."""
+# ---- Agent: what the tools in benchmarks/ use ------------------------------------------------------------------------
 
 
-class CheckedEnv(gym.Wrapper):  # shared
-    """Says which environment failed, at which of its steps, and what came."""
-
-    def __init__(self, env, index):
-        super().__init__(env)
-        self.index, self.count = index, 0
-
-    def checked(self, function, **inputs):
-        try:
-            obs, *rest = function(**inputs)
-        except Exception as e:
-            raise EnvFault(f"environment {self.index} failed at step {self.count}: {type(e).__name__}: {e}") from e
-        parts = {f"observation {k!r}": v for k, v in obs.items()} if isinstance(obs, dict) else {"observation": obs}
-        for what, value in (parts | ({"reward": rest[0]} if len(rest) > 1 else {})).items():
-            value = np.asarray(value)
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                bad = value[~np.isfinite(value)].flat[0]
-                raise EnvFault(f"environment {self.index} returned {what} {bad} at step {self.count}")
-        return obs, *rest
-
-    def reset(self, *, seed=None, options=None):
-        return self.checked(self.env.reset, seed=seed, options=options)
-
-    def step(self, action):
-        self.count += 1
-        return self.checked(self.env.step, action=action)
+def as_dict(x):
+    """An observation or a space as a dict with the keys that the networks know."""
+    return x if isinstance(x, (dict, spaces.Dict)) else {"observation": x}
 
 
-class Logger:  # shared
-    """TensorBoard, the console and an optional tracker. If the disk is full it warns once and training goes on."""
+class Agent:
+    """A model behind the interface that all scripts share. Observations and actions are numpy, batch first, with the
+    types of `make_env`'s spaces; states are tuples of tensors, batch first."""
 
-    def __init__(self, run, args, purge_step=None):
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, model, args, obs_space, device="cpu"):
+        self.model, self.args, self.space, self.device, self.generator = model, args, obs_space, device, None
 
-        # [optional: track
-        if args.track == "wandb":
-            import wandb
+    def seed(self, seed):
+        """Draw from a generator of its own from now on; in training it is torch's."""
+        self.generator = torch.Generator(self.device).manual_seed(int(seed))
 
-            options = dict(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True)
-            name = os.path.basename(run)
-            wandb.init(**options, config=vars(args), name=name, id=name, resume="allow")
-        self.tracker = None
-        if args.track == "trackio":
-            import trackio
+    def tensors(self, obs):
+        return {k: torch.as_tensor(np.asarray(v), device=self.device) for k, v in as_dict(obs).items()}
 
-            self.tracker = trackio
-            trackio.init(project=args.wandb_project_name, name=os.path.basename(run), config=vars(args), resume="allow")
-        # track]
-        self.writer = SummaryWriter(run, purge_step=purge_step)
-        # A full disk kills the writer's thread; the next call below reports it, in one line.
-        hook = threading.excepthook
-        threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else hook(e)
-        if purge_step is None:
-            table = "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
-            self.attempt(self.writer.add_text, "hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    def one_hot(self, actions):
+        x = torch.as_tensor(np.asarray(actions), device=self.device)
+        return F.one_hot(x.long(), self.model.pol.out_dim).float() if self.model.pol.discrete else x.float()
 
-    def attempt(self, function, *args):
-        try:
-            if self.writer:
-                function(*args)
-        except OSError as e:
-            say(f"warning: could not write the logs ({e}); training goes on without them")
-            self.writer = None
+    def decode(self, h, z):
+        """What the decoder sees, as observations."""
+        out = self.model.dec(h, z)
+        for k, space in as_dict(self.space).items():
+            kinds = {np.uint8: lambda x: (x * 255).round(), np.float32: symexp, np.int64: lambda x: x.argmax(-1)}
+            out[k] = kinds[space.dtype.type](out[k]).cpu().numpy().astype(space.dtype)
+        return out if isinstance(self.space, spaces.Dict) else out["observation"]
 
-    def scalars(self, values, step):
-        for tag, value in values.items():
-            self.attempt(self.writer and self.writer.add_scalar, tag, value, step)
-        # [optional: track
-        if self.tracker:
-            self.tracker.log({k: float(v) for k, v in values.items()}, step=step)
-        # track]
+    @torch.no_grad()
+    def act(self, obs, state, first, greedy=False):
+        """obs (N, ...), state None at the start, first (N,): a new episode begins -> actions (N,) or (N, A), state."""
+        if state is None:
+            blank = torch.zeros(len(first), self.model.pol.out_dim, device=self.device)
+            state = *self.model.dyn.initial(len(first), self.device), blank
+        first = torch.as_tensor(first, device=self.device)
+        state = self.model.act(self.tensors(obs), first, *state, greedy, self.generator)
+        return (state[2].argmax(-1) if self.model.pol.discrete else state[2]).cpu().numpy(), state
 
-    def video(self, tag, frames, step, path):
-        """A GIF in the run directory and, as an image summary, in TensorBoard (add_video needs a fitting moviepy)."""
-        try:
-            from tensorboard.compat.proto.summary_pb2 import Summary
+    @torch.no_grad()
+    def observe(self, obs, actions):
+        """Filter episodes from their beginning: obs (N, T, ...), actions (N, T-1, ...) -> state after the last one, and
+        what the model makes of each observation (N, T, ...)."""
+        tokens, previous = self.model.enc(self.tensors(obs)), F.pad(self.one_hot(actions), (0, 0, 1, 0))
+        first = torch.arange(tokens.shape[1], device=self.device).expand(len(tokens), -1) == 0
+        start = self.model.dyn.initial(len(tokens), self.device)
+        h, z, _ = self.model.dyn.observe(tokens, previous, first, *start, self.generator)
+        return (h[:, -1], z[:, -1]), self.decode(h, z)
 
-            save_gif(frames, path)
-            (height, width, _), gif = frames[0].shape, open(path, "rb").read()
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-            self.attempt(self.writer and self.writer._get_file_writer().add_summary, summary, step)
-        except OSError as e:
-            say(f"warning: could not write {path} ({e})")
+    @torch.no_grad()
+    def imagine(self, state, actions):
+        """One imagined transition of N dreams -> state, reward (N,), alive (N,): chance that it goes on, obs."""
+        h = self.model.dyn.core(*state, self.one_hot(actions))
+        probs = self.model.dyn.prior(h)
+        z = sample_onehot(probs, torch.rand(probs.shape[:-1], device=self.device, generator=self.generator))
+        feat = self.model.feat(h, z)
+        alive = torch.sigmoid(self.model.con(feat)[:, 0]) / self.args.gamma  # the head predicts gamma times this
+        reward = two_hot_mean(self.model.rew(feat), self.model.bins)
+        return (h, z), reward.cpu().numpy(), alive.clamp(max=1).cpu().numpy(), self.decode(h, z)
 
-    def close(self):
-        self.attempt(self.writer and self.writer.close)
-        # [optional: track
-        if self.tracker:
-            self.tracker.finish()
-        # track]
+
+def load(run, device="cpu"):
+    """The Agent of a run directory."""
+    state, known = load_checkpoint(run), {f.name for f in fields(Args)}
+    args = Args(**{k: v for k, v in state["args"].items() if k in known})
+    env = make_env(args, args.seed)
+    model = Dreamer(spaces.Dict(as_dict(env.observation_space)), env.action_space, model_config(args)).to(device)
+    model.load_state_dict(state["learner"]["model"])
+    agent = Agent(model.eval(), args, env.observation_space, torch.device(device))
+    agent.seed(args.seed)
+    agent.global_step, agent.random_return = state["loop"]["global_step"], state["loop"]["random_return"]
+    env.close()
+    return agent
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
 # What --resume may change; everything else would make it another run.
-CHANGEABLE = set(
-    "exp_name preset cuda compile num_threads track wandb_project_name wandb_entity capture_video save_replay resume "
-    "evaluate play target_return total_timesteps eval_episodes eval_greedy log_every replay_cuda".split()
-)
-# Flags that shape the networks, for make_config.
-SHAPES = "deter hidden units cnn_depth classes stoch blocks mlp_layers bins unimix actor_unimix".split()
+CHANGEABLE = "exp_name preset cuda compile num_threads track save_replay resume target_return total_timesteps".split()
+CHANGEABLE += "eval_episodes eval_greedy log_every save_every replay_cuda".split()
 
 
-def check_args(args, config):
-    """Everything that can be said before an environment is built."""
-    check_ranges(args, RANGES)
-    T, c, rows = args.batch_length, config, args.num_envs * (args.batch_length + 1)
-    rows_flags, starts = f"--num-envs x (--batch-length + 1) = {rows}", f"--learning-starts {args.learning_starts}"
-    batch = f"--batch-size x --batch-length = {args.batch_size * T}"
-    for wrong, message in [
-        (args.gamma >= 1, f"--gamma must be below 1, got {args.gamma}"),
-        (args.bins % 2 == 0, f"--bins must be odd so that one atom is 0, got {args.bins}"),
-        (c["classes"] > 256, f"--classes must be at most 256, got {c['classes']}"),
-        (c["deter"] % c["blocks"], f"--deter {c['deter']} is not a multiple of --blocks {c['blocks']}: "
-         f"remainder {c['deter'] % c['blocks']}"),
-        (args.total_timesteps <= max(args.learning_starts, rows), f"--total-timesteps {args.total_timesteps} must be "
-         f"more than {starts} and {rows_flags}: nothing would be trained"),
-        (args.buffer_size < rows, f"--buffer-size {args.buffer_size} is less than {rows_flags}: no sequence fits"),
-        ((args.imag_starts or 0) > args.batch_size * T, f"--imag-starts {args.imag_starts} is more than {batch}"),
-        (re.search(r"[/\\\0]", args.exp_name), f"--exp-name must not contain a slash, got {args.exp_name!r}"),
-    ]:  # fmt: skip
-        if wrong:
-            fail(message)
-    try:
-        assert isinstance(json.loads(args.env_kwargs), dict)
-    except (ValueError, AssertionError):
-        fail(f"--env-kwargs must be a JSON object, got {args.env_kwargs!r}")
-    if env_family(args) == "dm_control" and json.loads(args.env_kwargs):
-        fail(f"--env-kwargs has no meaning for {args.env_id}, got {args.env_kwargs}")
-    if args.track:
-        try:
-            __import__(args.track)
-        except ImportError:
-            fail(f"--track {args.track} needs {args.track}: pip install {args.track}")
-
-
-def probe_env(args, config):
-    """Build the environment once, to find out now whether it can be used: observation space, action space."""
-    family, flag = env_family(args), f"--env-id {args.env_id}"
-    try:
-        env = make_env(args, 0)()
-        env.reset()
-    except ModuleNotFoundError as e:
-        module, package = PACKAGES.get(family, (None, None))
-        known = module and e.name and e.name.split(".")[0] == module
-        fail(f"{args.env_id} needs {package}: pip install {package}" if known else f"{flag}: {e}")
-    except Exception as e:  # whatever it is, the environment cannot be used: gymnasium's own words, in one line
-        cause = e.__cause__ if isinstance(e, EnvFault) and e.__cause__ else e
-        reason = " ".join(str(cause).split() or [type(cause).__name__])
-        if family == "dm_control" and re.search("GL|glGet", reason):
-            reason += f" (MUJOCO_GL={os.environ.get('MUJOCO_GL')}; it can be egl, osmesa or glfw)"
-        fail(f"{flag}: {reason}")
-    images = [k for k, s in env.observation_space.items() if len(s.shape) == 3]
-    side, stages = args.image_size, image_stages(args.image_size)
-    rest, channels = side % 2 ** len(stages), stages[-1] * config["cnn_depth"]
-    if images and (rest or not 3 <= side >> len(stages) <= 16):
-        fail(f"--image-size must be a multiple of {2 ** len(stages)}, 8 to 256, got {side}: remainder {rest}")
-    if images and channels % config["blocks"]:
-        fail(f"--cnn-depth: {channels} channels are not a multiple of --blocks {config['blocks']}")
-    limited = (
-        args.max_episode_steps
-        or (env.spec and env.spec.max_episode_steps)
-        or family in ("ALE", "dm_control", "Crafter-v1")
+def check_args(args):
+    """What would end in a wrong result or an obscure error, before anything is created. Says what the agent sees."""
+    c, rows, stages = model_config(args), args.num_envs * (args.batch_length + 1), image_stages(max(6, args.image_size))
+    at_least = dict.fromkeys(
+        "num_envs batch_size batch_length imag_horizon eval_episodes log_every save_every".split(), 1
     )
-    if not limited:
-        say(f"warning: {args.env_id} has no time limit; evaluation stops after 27000 steps (set --max-episode-steps)")
+    at_least |= dict(seed=0, buffer_size=rows, total_timesteps=max(args.learning_starts, rows) + 1)
+    at_least |= dict(train_ratio=1e-9, learning_rate=1e-12)
+    at_least |= {} if args.imag_starts is None else dict(imag_starts=1)
+    wrong = {k: f"at least {n}" for k, n in at_least.items() if not getattr(args, k) >= n}  # NaN is wrong, too
+    wrong |= {
+        k: "within 0 and 1" for k in ("gamma", "tau", "unimix", "sticky_actions") if not 0 <= getattr(args, k) <= 1
+    }
+    wrong |= {"bins": "odd, so that one atom is 0"} if c["bins"] % 2 == 0 else {}
+    wrong |= {"deter": f"a multiple of --blocks {c['blocks']}"} if c["deter"] % c["blocks"] else {}
+    wrong |= {"classes": "at most 256"} if c["classes"] > 256 else {}
+    wrong |= {"env_kwargs": "a JSON object"} if not args.env_kwargs.strip().startswith("{") else {}
+    if args.image_size % 2 ** len(stages) or not 3 <= args.image_size >> len(stages) <= 16:
+        wrong["image_size"] = f"a multiple of {2 ** len(stages)} within 8 and 256"
+    for name, wanted in wrong.items():
+        fail(f"--{name.replace('_', '-')} must be {wanted}, got {c.get(name, getattr(args, name))}")
+    try:
+        env = make_env(args, args.seed)
+    except Exception as e:  # whatever it is, the environment cannot be used: its own words, in one line
+        flag = f"--env-kwargs {args.env_kwargs}" if isinstance(e, json.JSONDecodeError) else f"--env-id {args.env_id}"
+        fail(f"{flag}: {' '.join(str(e).split()) or type(e).__name__}")
+    print(f"{args.env_id} has observations {env.unwrapped.observation_space}")
+    print(f"the agent sees {env.observation_space} (images: --image-size), acts in {env.action_space}")
     env.close()
     return env.observation_space, env.action_space
 
 
-def evaluate_run(args):
-    """--evaluate RUN: returns of fresh episodes of a trained agent. Writes only RUN/eval-*."""
-    check_ranges(args, RANGES)
-    state = load_checkpoint(args.evaluate, "dreamerv3")
-    if state["random_return"] is None:
-        fail(f"{args.evaluate} was stopped before its first episode: go on with --resume first")
-    for found, name in zip(probe_env(args, state["config"]), ("observation", "action"), strict=True):
-        if space_to(found) != state["spaces"][name]:
-            trained = space_from(state["spaces"][name])
-            fail(f"--env-id {args.env_id} has the {name} space {found}, {args.evaluate} was trained on {trained}")
-    device = choose_device(args)
-    seed_everything(args, device)
-    model, state = load_agent(args.evaluate, device)
-    video = os.path.join(args.evaluate, "eval-episode.gif") if args.capture_video else None
-    returns = play_episodes(args, agent_policy(model, device, args.eval_greedy), args.eval_episodes, 1, video)
-    score, std, random_return = float(np.mean(returns)), float(np.std(returns)), state["random_return"]
-    result = dict(episodic_return=score, std=std, returns=returns, random_return=random_return)
-    result |= dict(global_step=state["global_step"], greedy=args.eval_greedy)
-    name = f"eval-{state['global_step']}{'-greedy' if args.eval_greedy else ''}.json"
-    write_json(result, os.path.join(args.evaluate, name))
-    say(f"returns of {len(returns)} episodes: " + " ".join(f"{r:g}" for r in returns))
-    finish(args, score, random_return, f" +- {std:.1f}")
+def episode_seed(args, key, index, episode=0):
+    """Seed of an episode: no two of a run share one, nor do training, evaluation (key 1) and the baseline (key 2)."""
+    return int(np.random.SeedSequence((args.seed, key, index, int(episode))).generate_state(1)[0])
+
+
+def make_envs(args, n, key):
+    """n environments in lockstep; the caller resets those that have ended, with seeds of its own."""
+    thunks = [partial(make_env, args, episode_seed(args, key, i)) for i in range(n)]
+    return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+
+
+def evaluate(args, act, key, name, stop):
+    """Returns of an episode in each of --eval-episodes fresh environments. act: obs, state, first -> actions, state."""
+    n, clock = args.eval_episodes, time.time()
+    envs, state, first, alive, returns = make_envs(args, n, key), None, np.ones(n, bool), np.ones(n, bool), np.zeros(n)
+    obs, _ = envs.reset(seed=[episode_seed(args, key, i) for i in range(n)])
+    for t in range(args.max_episode_steps or 27_000):  # an environment without a limit ends here
+        actions, state = act(obs, state, first)
+        obs, reward, terminated, truncated, _ = envs.step(actions)
+        returns, first = returns + reward * alive, terminated | truncated
+        alive &= ~first
+        if stop.signum or not alive.any():
+            break
+        if first.any():
+            obs, _ = envs.reset(options={"reset_mask": first})
+        if time.time() > clock + 10:
+            print(f"{name}: step {t}, {alive.sum()} of {n} episodes go on", flush=True)
+            clock = time.time()
+    envs.close()
+    return returns
+
+
+def make_replay(args, specs, device):
+    """The replay, on the GPU if it fits and leaves a fifth of the memory to the update; exits if it fits nowhere."""
+    N, T = args.num_envs, args.batch_length
+    # Rows per environment. A run can fill two per agent step: an episode's end takes one more.
+    capacity = -(-min(args.buffer_size, 2 * args.total_timesteps + N * (T + 1)) // N)
+    size = N * capacity * sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()) / 1e9
+    on_gpu = device.type == "cuda" and args.replay_cuda and size < 0.8 * torch.cuda.mem_get_info()[0] / 1e9
+    need, memory = size * (2 - on_gpu), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if need > memory:
+        need = f"replay and its copy for a checkpoint need {need:.0f} GB, this machine has {memory:.0f} GB"
+        fail(f"--buffer-size {args.buffer_size}: {need}: lower it, or on a laptop --preset cpu")
+    return Replay(capacity, N, specs, T, device if on_gpu else "cpu", args.seed)
+
+
+def log_line(args, c, writer, metrics, ended, mark):
+    """Metrics to TensorBoard, a line to the console. mark: time, steps, updates of the line before; -> the new one."""
+    now = time.time(), c.global_step, c.updates
+    seconds, steps, updates = (a - b for a, b in zip(now, mark, strict=True))
+    frames = c.global_step * (args.action_repeat or (4 if "ALE/" in args.env_id else 1))
+    charts = dict(SPS=steps / seconds, updates_per_s=updates / seconds, updates=c.updates, env_frames=frames)
+    for tag, value in (charts | metrics).items():
+        part = "charts" if tag in charts or tag == "learning_rate" else "losses"
+        writer.add_scalar(f"{part}/{tag}", float(value), c.global_step)
+    shown = f"{np.mean(ended):.1f} ({len(ended)} episodes)" if ended else "no episode ended since the last line"
+    line = f"global_step={c.global_step}, episodic_return={shown}, updates={c.updates}, SPS={charts['SPS']:.0f}"
+    print(line, flush=True)
+    return now
+
+
+def finish(args, c, agent, run, writer, stop):
+    """Final evaluation on fresh episodes, result.json, and the self-check against --target-return."""
+    agent.seed(args.seed)
+    returns = evaluate(args, partial(agent.act, greedy=args.eval_greedy), 1, "evaluation", stop)
+    stop.leave(run)
+    score, std, target = float(returns.mean()), float(returns.std()), args.target_return
+    writer.add_scalar("eval/episodic_return", score, c.global_step)
+    writer.add_scalar("eval/episodic_return_std", std, c.global_step)
+    writer.close()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated() if agent.device.type == "cuda" else memory
+    result = dict(run=run, episodic_return=score, episodic_return_std=std, returns=returns.tolist())
+    result |= dict(random_return=c.random_return, train_return=float(np.mean(c.recent)) if c.recent else None)
+    result |= dict(global_step=c.global_step, updates=c.updates, minutes=c.seconds / 60, peak_memory_gb=memory / 1e9)
+    with open(os.path.join(run, "result.json"), "w", encoding="utf-8") as f:
+        json.dump(result, f, indent=1)
+    verdict = "" if target is None else f", target {target:g}: {'reached' if score >= target else 'missed'}"
+    spread = f"+- {std:.1f} over {len(returns)} episodes"
+    print(f"episodic_return {score:.1f} {spread} (random {c.random_return:.1f}{verdict})")
+    if target is not None and not score >= target:
+        raise SystemExit(1)
     return result
 
 
-def report(args, model, run, step, action_space, device, logger):
-    """Let the model dream about fresh episodes: errors beside the trivial predictors', and the open-loop video."""
-    clips = record_clips(args, agent_policy(model, device), action_space, 4, 48, key=1000 + step, skip=30)
-    errors, shown = open_loop(model, to_torch(clips, device), context=16)
-    logger.scalars({f"eval/{k}": v for k, v in errors.items()}, step)
-    truth = {k[4:]: v.numpy() for k, v in clips.items() if k.startswith("obs/")}
-    path = os.path.join(run, "videos", f"open_loop-{step}.gif")
-    logger.video("eval/open_loop", dream_frames(truth, shown, 16), step, path)
+def train(args):
+    """The whole algorithm: act in the environments, store, learn from replay and imagination, repeat. Returns the final
+    metrics."""
+    # Set up, in an order that finds every mistake of the user's before the first file is made.
+    state = load_checkpoint(args.resume) if args.resume else None
+    obs_space, action_space = check_args(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    seed_everything(args, device)
+    with torch.device(device):
+        model = Dreamer(spaces.Dict(as_dict(obs_space)), action_space, model_config(args))
+    N, specs = args.num_envs, Replay.specs(as_dict(obs_space), model.pol.out_dim, model.config)
+    replay = make_replay(args, specs, device)
+    run, writer = start_run(args, device, state and state["loop"]["global_step"] + 1)
+    stop, envs, learner = StopSignal(), make_envs(args, N, 0), Learner(model, args, device)
+    agent, ratio = Agent(model, args, obs_space, device), Ratio(args.train_ratio / args.batch_size / args.batch_length)
+    parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in "enc dyn dec rew con pol val".split())
+    print(f"run: {run} on {device}\nparameters: {count_params(model):,} ({parts})")
+    print(f"replay: {N} x {replay.capacity:,} rows; {1 / ratio.ratio:g} agent steps per update", flush=True)
+    # What a checkpoint holds of the loop, c: counters, and of each environment the number of its episode and the
+    # actions since it began, from which --resume brings it back to where it was.
+    c = SimpleNamespace(
+        global_step=0, updates=0, seconds=0.0, recent=[], episode=[0] * N, history=[[] for _ in range(N)]
+    )
+    if state:
+        c, (obs, reward, first, carry) = SimpleNamespace(**state["loop"]), state["now"]
+        learner.load_state_dict(state["learner"])
+        replay.load_state_dict(state["replay"])
+        obs, reward, first = {k: v.cpu().numpy() for k, v in obs.items()}, reward.numpy(), first.numpy()
+        obs, carry = obs if isinstance(obs_space, spaces.Dict) else obs["observation"], [x.to(device) for x in carry]
+        for i, env in enumerate(envs.envs):
+            env.reset(seed=episode_seed(args, 0, i, c.episode[i]))
+            for action in c.history[i]:
+                env.step(np.array(action, action_space.dtype))
+        set_rng_state(state["rng"])
+        ratio.previous = c.ratio
+        print(f"resumed at step {c.global_step} of {args.total_timesteps}, update {c.updates}", flush=True)
+    else:
+        action_space.seed(args.seed)
+        draw = lambda obs, state, first: (np.stack([action_space.sample() for _ in first]), state)  # noqa: E731
+        returns = evaluate(args, draw, 2, "random policy", stop)
+        if stop.signum:
+            raise SystemExit(128 + stop.signum)
+        c.random_return = float(returns.mean())
+        print(f"random policy: {c.random_return:.1f} +- {returns.std():.1f} over {len(returns)} episodes", flush=True)
+        obs, _ = envs.reset(seed=[episode_seed(args, 0, i) for i in range(N)])
+        reward, first, carry = np.zeros(N), np.ones(N, bool), None
+    if args.compile:
+        compile_model(model, learner)
+    never, ended, metrics, begun, spent = np.zeros(N, bool), [], {}, c.updates, 0.0
+    clock, start = time.process_time if device.type == "cpu" else time.time, time.time()
+    mark = start, c.global_step, c.updates
+
+    while c.global_step < args.total_timesteps:
+        # Act: filter the observation into the latent state, sample an action; store both with what came before.
+        actions, carry = agent.act(obs, carry, first)
+        rows = {f"obs/{k}": v for k, v in as_dict(obs).items()} | dict(reward=reward, is_first=first, action=carry[2])
+        rows |= dict(is_last=never, is_terminal=never, deter=carry[0], stoch=carry[1].argmax(-1))
+        replay.add(np.arange(N), rows)
+        for past, action in zip(c.history, actions.tolist(), strict=True):
+            past.append(action)
+        obs, reward, terminated, truncated, infos = envs.step(actions)
+        c.global_step, first = c.global_step + N, terminated | truncated
+        if first.any():
+            # NOTE: an episode's last observation is a row of its own; only `terminated` makes it terminal. Its action
+            # is masked, its latents are never read, for a reset follows.
+            e = np.flatnonzero(first)
+            rows = {k: torch.zeros(len(e), *specs[k][0]) for k in ("action", "deter", "stoch")}
+            rows |= {f"obs/{k}": v[e] for k, v in as_dict(obs).items()} | dict(reward=reward[e], is_first=never[e])
+            replay.add(e, rows | dict(is_last=first[e], is_terminal=terminated[e]))
+            for i in e:
+                ended.append(float(infos["episode"]["r"][i]))
+                writer.add_scalar("charts/episodic_return", ended[-1], c.global_step)
+                writer.add_scalar("charts/episodic_length", int(infos["episode"]["l"][i]), c.global_step)
+                c.episode[i], c.history[i], c.recent = c.episode[i] + 1, [], [*c.recent[-9:], ended[-1]]
+            seeds = [episode_seed(args, 0, i, c.episode[i]) for i in range(N)]
+            obs, _ = envs.reset(seed=seeds, options={"reset_mask": first})
+            reward = np.where(first, 0.0, reward)
+
+        # Learn: one update per B*T / train_ratio agent steps.
+        began = clock()
+        ready = c.global_step >= args.learning_starts and replay.sequences().sum()
+        for _ in range(ratio(c.global_step) if ready else 0):
+            batch, ids = replay.sample(args.batch_size)
+            metrics, deter, stoch = learner.update({k: v.to(device) for k, v in batch.items()})
+            replay.write_back(ids, deter, stoch)
+            c.updates += 1
+            if args.compile and c.updates == begun + 4:  # what was not compiled by now (other batch sizes) runs eagerly
+                torch.compiler.set_stance("eager_on_recompile")
+            if device.type == "cpu":  # on a GPU this would wait for the device: there, when metrics are read
+                learner.check(f"step {c.global_step}, update {c.updates}")
+        spent += clock() - began
+
+        # Log and save. Metrics are read here only: reading waits for the device.
+        ending = stop.signum or c.global_step >= args.total_timesteps
+        log, save = (ending or c.global_step // n > (c.global_step - N) // n for n in (args.log_every, args.save_every))
+        if log or save:
+            learner.check(f"step {c.global_step}, update {c.updates}")
+        if log:
+            mark = log_line(args, c, writer, metrics, ended, mark)
+            ended = []
+        if save:
+            c.ratio, c.seconds, start = ratio.previous, c.seconds + time.time() - start, time.time()
+            now = agent.tensors(obs), torch.as_tensor(reward), torch.as_tensor(first), carry
+            parts = dict(learner=learner.state_dict(), replay=replay.state_dict(), now=now, loop=vars(c))
+            save_checkpoint(parts | dict(script="dreamerv3", args=asdict(args)), run)
+        stop.leave(run)
+    envs.close()
+
+    print(f"{c.seconds / 60:.1f} minutes, {spent / max(1, c.updates - begun):.4f} seconds per update")
+    print(f"look at its dreams: python benchmarks/dreams.py {run}", flush=True)
+    return finish(args, c, agent, run, writer, stop)
 
 
-def main(args):  # shared
-    """Returns the final metrics; raises SystemExit with the exit codes of the README."""
+def main(args):
+    """Returns the final metrics of a run; exits where it cannot go on."""
     try:
-        return play(args) if args.play else evaluate_run(args) if args.evaluate else train(args)
-    except EnvFault as e:
-        traceback.print_exc()
-        raise SystemExit(f"{e}; checkpoints are untouched") from None
+        return train(args)
     except FloatingPointError as e:
         raise SystemExit(f"{e}; ckpt.pt, if there is one, is from before it") from None
 
 
-def train(args):
-    """The whole algorithm: act in the environments, store, learn from replay and imagination, repeat. Returns the
-    metrics."""
-    # Set up, in an order that finds every mistake of the user's before the first file is made.
-    config = make_config(args.size, **{k: getattr(args, k) for k in SHAPES})
-    check_args(args, config)
-    state = None
-    if args.resume:
-        for name, value in load_args(args.resume).items():
-            if name not in CHANGEABLE and getattr(args, name, value) != value:
-                flag = "--" + name.replace("_", "-")
-                fail(f"{flag} is {value} in {args.resume}, got {getattr(args, name)}: a run cannot change it")
-        state, result = load_checkpoint(args.resume, "dreamerv3"), os.path.join(args.resume, "result.json")
-        if state["global_step"] >= args.total_timesteps and os.path.exists(result):
-            say(f"nothing to do: step {state['global_step']} of {args.total_timesteps}")
-            with open(result, encoding="utf-8") as f:
-                return json.load(f)
-        lock = lock_run(args.resume)
-        state = load_checkpoint(args.resume, "dreamerv3", repair=True)  # nobody else writes from here on
-    obs_space, action_space = probe_env(args, config)
-    device = choose_device(args)
-    N, T, discrete = args.num_envs, args.batch_length, isinstance(action_space, gym.spaces.Discrete)
-    A = int(action_space.n) if discrete else action_space.shape[0]
-    specs = Replay.specs(obs_space, A, config)
-    # Rows per environment. A run can fill two per agent step: an episode's end takes one more.
-    capacity = -(-min(args.buffer_size, 2 * args.total_timesteps + N * (T + 1)) // N)
-    size = N * capacity * Replay.row_bytes(specs) / 1e9
-    # On the GPU if it fits and leaves a fifth of the memory to the update, else in host memory; a checkpoint copies it.
-    cpu = torch.device("cpu")
-    store = device if args.replay_cuda and size <= 0.8 * free_memory(device) / 1e9 else cpu
-    host, free = size * (args.save_replay + (store == cpu)), free_memory(cpu) / 1e9
-    if host > free:
-        hint = f"lower --buffer-size, now {args.buffer_size}" + (
-            ", or try --no-save-replay" if args.save_replay else ""
-        )
-        fail(f"replay needs {host:.1f} GB, {free:.1f} GB free: {hint}")
-
-    run = args.resume or new_run_dir(args)
-    lock = lock if args.resume else lock_run(run)  # noqa: F841 (held until the process ends)
-    seed_everything(args, device)
-    write_run_info(run, args, __file__, device)
-    logger = Logger(run, args, purge_step=state["global_step"] + 1 if state else None)
-    stop = StopSignal()
-    envs = make_envs(args, N)
-    with torch.device(device):
-        model = Dreamer(obs_space, action_space, config)
-    learner, replay = Learner(model, args, device), Replay(capacity, N, specs, T, store, args.seed)
-    ratio = Ratio(args.train_ratio / (args.batch_size * T))  # updates per agent step
-    parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in "enc dyn dec rew con pol val".split())
-    say(f"run: {run}\nparameters: {count_params(model):,} ({parts})")
-    say(f"replay: {N} x {capacity:,} rows, {size:.2f} GB on {store}; {1 / ratio.ratio:g} agent steps per update")
-    global_step, updates, random_return, learning_starts = 0, 0, None, args.learning_starts
-    recent = deque(maxlen=100)  # returns of the last training episodes
-    if state:
-        learner.load_state_dict(state["learner"])
-        if state["replay"]:
-            replay.load_state_dict(state["replay"])
-            ratio.previous = state["ratio_previous"]
-        else:
-            say("warning: this run was saved without its replay (--no-save-replay): it is collected anew")
-            learning_starts += state["global_step"]
-        global_step, updates, random_return = state["global_step"], state["updates"], state["random_return"]
-        recent.extend(state["recent"])
-        for env, episode in zip(envs.envs, state["episodes"], strict=True):
-            env.env.episode = episode
-        set_rng_state(state["rng"])
-        say(f"resumed at step {global_step} of {args.total_timesteps}, update {updates}")
-    if random_return is None:
-        returns = play_episodes(args, random_policy(action_space, args.seed), args.eval_episodes, 2, stop=stop)
-        random_return = None if stop.signum else float(np.mean(returns))
-        say(f"random policy: {np.mean(returns):.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
-    # [optional: compile
-    if args.compile:
-        compile_model(model, learner)
-    # compile]
-
-    def save():
-        context = None
-        if replay.sequences().sum():  # a few stretches of real experience for dreams to start from
-            rows, _ = replay.gather(replay.uniform(64, np.random.default_rng(0)))
-            going = (~rows["is_last"][:, -1]).nonzero().flatten()[:8]  # not those that stop at an episode's end
-            names = ("action", "is_first", "deter", "stoch")
-            context = {k: v[going].cpu() for k, v in rows.items() if k.startswith("obs/") or k in names}
-        spaces = {"observation": space_to(obs_space), "action": space_to(action_space)}
-        plain = dict(script="dreamerv3", args=asdict(args), config=config, spaces=spaces, context=context)
-        plain |= dict(global_step=global_step, updates=updates, random_return=random_return, recent=list(recent))
-        plain |= dict(ratio_previous=ratio.previous, episodes=[e.env.episode for e in envs.envs], rng=rng_state())
-        plain |= dict(learner=learner.state_dict(), replay=replay.state_dict() if args.save_replay else None)
-        atomic_save(plain, os.path.join(run, "ckpt.pt"))
-
-    def last_rows(obs, reward, terminal):
-        """Rows that end an episode: the action is masked, the latents are never read (a reset follows)."""
-        n = len(reward)
-        rows = dict(action=torch.zeros(n, A), deter=torch.zeros(n, config["deter"]), stoch=torch.zeros(n, args.stoch))
-        rows |= dict(reward=reward, is_first=np.zeros(n, bool), is_last=np.ones(n, bool), is_terminal=terminal)
-        return rows | {f"obs/{k}": v for k, v in obs.items()}
-
-    def stopped():
-        """Leave after a stop signal, when the checkpoint is written."""
-        logger.close()
-        again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)}"
-        say(f"stopped by signal {stop.signum} at step {global_step}; to go on: {again}")
-        raise SystemExit(128 + stop.signum)
-
-    def fresh():
-        """Start new episodes everywhere: observations, is_first, rewards, recurrent state and previous action."""
-        return envs.reset()[0], np.ones(N, bool), np.zeros(N), (*model.dyn.initial(N, device), blank_action)
-
-    everyone, nowhere, blank_action, metrics = np.arange(N), np.zeros(N, bool), torch.zeros(N, A, device=device), {}
-    start = time.time(), global_step, updates
-    mark, update_seconds, clock = start, 0.0, time.process_time if device.type == "cpu" else time.time
-    obs, is_first, reward, carry = fresh()
-    while global_step < args.total_timesteps:
-        # Act: filter the observation into the latent state, sample an action; store both with what came before.
-        carry = model.act(to_torch(obs, device), torch.as_tensor(is_first, device=device), *carry)
-        rows = dict(reward=reward, is_first=is_first, is_last=nowhere, is_terminal=nowhere)
-        rows |= dict(deter=carry[0], stoch=carry[1].argmax(-1), action=carry[2])
-        replay.add(everyone, rows | {f"obs/{k}": v for k, v in obs.items()})
-        obs, reward, terminated, truncated, infos = envs.step(env_actions(carry[2], discrete))
-        global_step += N
-        is_first = terminated | truncated
-        if is_first.any():
-            # NOTE: an episode's last observation is a row of its own; only `terminated` makes it terminal.
-            ended, final = np.flatnonzero(is_first), infos["final_obs"]
-            last = {k: np.stack([final[i][k] for i in ended]) for k in obs}
-            replay.add(ended, last_rows(last, reward[ended], terminated[ended]))
-            episodes = infos["final_info"]["episode"]
-            for i in ended:
-                recent.append(float(episodes["r"][i]))
-                tags = {"charts/episodic_return": recent[-1], "charts/episodic_length": int(episodes["l"][i])}
-                logger.scalars(tags, global_step)
-        reward = np.where(is_first, 0.0, reward)
-
-        # Learn: one update per B*T/train_ratio agent steps.
-        began = clock()
-        due = ratio(global_step) if global_step >= learning_starts and replay.sequences().sum() else 0
-        for k in range(due):
-            batch, ids = replay.sample(args.batch_size)
-            try:
-                metrics, deter, stoch = learner.update(to_torch(batch, device))
-            except torch.cuda.OutOfMemoryError:
-                where, hint = f"step {global_step} (batch {args.batch_size} x {T})", "--batch-size or --batch-length"
-                raise SystemExit(f"out of GPU memory at {where}: lower {hint}") from None
-            replay.write_back(ids, deter, stoch)
-            updates += 1
-            # [optional: compile
-            if (
-                args.compile and updates == 4
-            ):  # what was not compiled by now (other batch sizes: evaluation) runs eagerly
-                torch.compiler.set_stance("eager_on_recompile")
-            # compile]
-            if device.type == "cpu":  # on a GPU this would wait for the device: there, when metrics are read
-                learner.check(f"step {global_step}, update {updates}")
-            if stop.signum:
-                ratio.previous -= (due - k - 1) / ratio.ratio  # what was not done yet stays due
-                break
-        update_seconds += clock() - began
-
-        # Log, let the model dream about fresh episodes, save. Metrics are read here only: reading waits for the device.
-        ending = stop.signum or global_step >= args.total_timesteps
-        if passed(args.log_every, global_step, N) or ending:
-            learner.check(f"step {global_step}, update {updates}")
-            seconds, steps, count = (a - b for a, b in zip((time.time(), global_step, updates), mark, strict=True))
-            mark = time.time(), global_step, updates
-            repeat = args.action_repeat or (4 if env_family(args) == "ALE" else 1)
-            tags = {"SPS": steps / max(seconds, 1e-9), "updates_per_s": count / max(seconds, 1e-9), "updates": updates}
-            tags = {f"charts/{k}": v for k, v in (tags | {"env_frames": global_step * repeat}).items()}
-            tags |= {("charts/" if k == "learning_rate" else "losses/") + k: float(v) for k, v in metrics.items()}
-            logger.scalars(tags, global_step)
-            shown = f"{np.mean(list(recent)[-10:]):.1f}" if recent else "none yet"
-            pace = f"updates={updates}, SPS={tags['charts/SPS']:.0f}"
-            say(f"global_step={global_step}, episodic_return={shown}, {pace}")
-        if passed(args.report_every, global_step, N) and not stop.signum:
-            report(args, model, run, global_step, action_space, device, logger)
-        if passed(args.save_every, global_step, N) or ending:
-            learner.check(f"step {global_step}, update {updates}")
-            # NOTE: unfinished episodes end at scheduled checkpoints as truncated ones, interrupted or not: that is what
-            # makes a resumed run repeat the unbroken one. (A stop signal cuts where the unbroken run would not.)
-            cut = np.flatnonzero(~is_first)
-            replay.add(cut, last_rows({k: v[cut] for k, v in obs.items()}, reward[cut], nowhere[cut]))
-            save()
-            if stop.signum:
-                stopped()
-            obs, is_first, reward, carry = fresh()
-    envs.close()
-
-    # Final evaluation on fresh episodes, and the self-check against --target-return.
-    seconds, steps, count = (a - b for a, b in zip((time.time() + 1e-9, global_step, updates), start, strict=True))
-    pace = f"{steps / seconds:.0f} agent steps/s, {count / seconds:.2f} updates/s, {update_seconds / max(1, count):.4f}"
-    say(f"{seconds / 60:.1f} minutes, {pace} {'CPU ' if device.type == 'cpu' else ''}seconds per update")
-    video = os.path.join(run, "videos", "episode.gif") if args.capture_video else None
-    returns = play_episodes(args, agent_policy(model, device, args.eval_greedy), args.eval_episodes, 1, video, stop)
-    if stop.signum:
-        stopped()
-    score, std = float(np.mean(returns)), float(np.std(returns))
-    logger.scalars({"eval/episodic_return": score, "eval/episodic_return_std": std}, global_step)
-    logger.close()
-    result = dict(episodic_return=score, episodic_return_std=std, returns=returns, random_return=random_return)
-    result |= dict(global_step=global_step, updates=updates, minutes=seconds / 60, run=run)
-    result |= dict(peak_memory_gb=peak_memory(device))
-    result |= dict(train_return=float(np.mean(list(recent)[-10:])) if recent else None)
-    write_json(result, os.path.join(run, "result.json"))
-    finish(args, score, random_return)
-    return result
-
-
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__.split("\n\n    python")[0]))
+    main(parse_args(Args, PRESETS, __doc__.split("\n\nDeviations")[0], CHANGEABLE))

@@ -9,7 +9,7 @@ import os
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text
 
 OBSERVATIONS = {
     "vector": Box(-np.inf, np.inf, (3,), np.float32),
@@ -21,6 +21,8 @@ OBSERVATIONS = {
 }
 OBSERVATIONS["dict"] = Dict({k: OBSERVATIONS[k] for k in ("discrete", "image", "vector")})
 OBSERVATIONS["pair"] = Dict({k: OBSERVATIONS[k] for k in ("image", "vector")})
+OBSERVATIONS["text"] = Dict(vector=OBSERVATIONS["vector"], mission=Text(9))
+OBSERVATIONS["float_image"] = Box(0, 1, (64, 64, 3), np.float32)
 OBSERVATIONS["nested"] = Dict(inner=Dict(vector=OBSERVATIONS["vector"]), outer=OBSERVATIONS["vector"])
 ACTIONS = {
     "discrete": Discrete(3),
@@ -28,6 +30,8 @@ ACTIONS = {
     "box": Box(np.float32([-2, 0]), np.float32([3, 1])),
     "box_inf": Box(-np.inf, np.inf, (2,), np.float32),
     "multidiscrete": MultiDiscrete([2, 3]),
+    "multibinary": MultiBinary(3),
+    "integers": Box(0, 5, (2,), np.int64),
     "dict": Dict(a=Discrete(2)),
 }
 
@@ -43,6 +47,7 @@ class StubEnv(gym.Env):
         action="discrete",
         length=5,  # the episode terminates after this many steps; None: never
         truncate_at=None,  # the episode is truncated after this many steps
+        spread=0,  # and less than this many steps more, drawn from the reset seed
         stagger=0,  # environment i takes i times this many steps more until either end
         reward=1.0,  # a number, or "count" for t
         raise_at=None,
@@ -56,7 +61,7 @@ class StubEnv(gym.Env):
         render_mode=None,
     ):
         self.observation_space, self.action_space, self.render_mode = OBSERVATIONS[obs], ACTIONS[action], render_mode
-        self.reward, self.wrong_dtype = reward, wrong_dtype
+        self.reward, self.wrong_dtype, self.spread = reward, wrong_dtype, spread
         self.instance, self.steps, self.episode, self.t, self.start = StubEnv.made, 0, -1, 0, 0.0
         StubEnv.made += 1
         self.length, self.truncate_at = (n and n + stagger * self.instance for n in (length, truncate_at))
@@ -87,13 +92,14 @@ class StubEnv(gym.Env):
             obs = np.full_like(obs, float(self.nan[1]))
         if self.steps == self.shape_change_at:
             obs = np.concatenate([obs, obs])
-        return obs, reward, self.t == self.length, self.t == self.truncate_at, {}
+        over = lambda n: n is not None and self.t == n + int(self.spread * self.start)  # noqa: E731
+        return obs, reward, over(self.length), over(self.truncate_at), {}
 
     def observe(self, space):
         if isinstance(space, Dict):
             return {k: self.observe(s) for k, s in space.items()}
-        if isinstance(space, Discrete):
-            return self.t % 5
+        if isinstance(space, (Discrete, Text)):
+            return self.t % 5 if isinstance(space, Discrete) else "go"
         if space.dtype == np.uint8:
             image = np.full(space.shape, 10 * (self.t % 20) + int(50 * self.start), np.uint8)
             return image / 255 if self.wrong_dtype else image

@@ -3,7 +3,6 @@
 import functools
 import gc
 import importlib
-import json
 import os
 import signal
 import subprocess
@@ -14,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-DREAMERV3 = (
-    "--preset cpu --deter 32 --hidden 16 --units 16 --cnn-depth 8 --stoch 4 --classes 4 --batch-size 4 "
+# Scripts of the second shape: {name: flags of a run of the whole code path, 128 agent steps}.
+TINY = {
+    "dreamerv3": "--preset cpu --deter 32 --hidden 16 --units 16 --cnn-depth 8 --stoch 4 --classes 4 --batch-size 4 "
     "--batch-length 8 --imag-starts 8 --imag-horizon 5 --num-envs 2 --total-timesteps 128 --learning-starts 64 "
-    "--train-ratio 4 --eval-episodes 1 --report-every 100 --max-episode-steps 40 --log-every 50 "
-    "--save-every 1000 --no-cuda"
-).split()
+    "--train-ratio 4 --eval-episodes 1 --max-episode-steps 40 --log-every 50 --save-every 1000 --no-cuda"
+}
 PLANET = (
     "--preset cpu --belief-size 16 --state-size 6 --hidden-size 16 --reward-units 16 --reward-layers 1 --cnn-depth 4 "
     "--batch-size 4 --batch-length 8 --plan-horizon 4 --plan-iterations 2 --plan-candidates 12 --plan-elites 3 "
@@ -31,21 +30,21 @@ MUZERO = (
     "--total-timesteps 96 --learning-starts 48 --td-steps 3 --unroll-steps 2 --train-ratio 0.14 --eval-episodes 1 "
     "--report-every 90 --max-episode-steps 20 --log-every 50 --save-every 1000 --buffer-size 1000 --no-cuda"
 ).split()
-# id of the case: (flags, kind of observation, whether it needs a renderer)
+# id of the case: (flags, what the agent sees, actions: their number or the shape of a box)
 CASES = {
-    "atari": (["--env-id", "ALE/Breakout-v5", "--image-size", "64", "--sticky-actions", "0"], "image", False),
-    "atari-grey": (
-        ["--env-id", "ALE/Pong-v5", "--image-size", "32", "--grayscale", "--full-action-space"],
-        "image",
-        False,
+    "atari": ("--env-id ALE/Breakout-v5 --image-size 64 --sticky-actions 0", (64, 64, 3), 4),
+    "atari-grey": ("--env-id ALE/Pong-v5 --image-size 32 --grayscale --full-action-space", (32, 32, 1), 18),
+    "dmc-proprio": (
+        "--env-id dm_control/walker-walk-v0",
+        {"height": (1,), "orientations": (14,), "velocity": (9,)},
+        (6,),
     ),
-    "dmc-proprio": (["--env-id", "dm_control/walker-walk-v0"], "vector", False),
-    "dmc-pixels": (["--env-id", "dm_control/cartpole-swingup-v0", "--pixels", "--image-size", "32"], "image", True),
-    "box2d": (["--env-id", "BipedalWalker-v3", "--action-repeat", "2"], "vector", False),
-    "minatar-vector": (["--env-id", "MinAtar/Freeway-v1"], "vector", False),
-    "minatar-pixels": (["--env-id", "MinAtar/SpaceInvaders-v1", "--pixels"], "image", False),
-    "numbers": (["--env-id", "FrozenLake-v1"], "number", False),
-    "rendered": (["--env-id", "Pendulum-v1", "--pixels", "--image-size", "32"], "image", False),
+    "dmc-pixels": ("--env-id dm_control/cartpole-swingup-v0 --pixels --image-size 32", (32, 32, 3), (1,)),
+    "box2d": ("--env-id BipedalWalker-v3 --action-repeat 2", (24,), (4,)),
+    "minatar-vector": ("--env-id MinAtar/Freeway-v1", (700,), 3),
+    "minatar-pixels": ("--env-id MinAtar/SpaceInvaders-v1 --pixels", (16, 16, 3), 4),
+    "numbers": ("--env-id FrozenLake-v1", (), 4),
+    "rendered": ("--env-id Pendulum-v1 --pixels --image-size 32", (32, 32, 3), (1,)),
 }
 
 
@@ -56,32 +55,47 @@ def renders():
     return subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["dreamerv3"])
+@pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("case", CASES)
 def test_environment_family(name, case, tmp_path, monkeypatch):
-    flags, kind, needs_renderer = CASES[case]
-    if needs_renderer and not renders():
+    """make_env gives what the agent sees; then a whole run, and the agent of its checkpoint acts and dreams."""
+    flags, shapes, actions = CASES[case]
+    if case == "dmc-pixels" and not renders():
         pytest.skip("MuJoCo finds no EGL library to render with (Debian: libegl1)")
     script = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *DREAMERV3, *flags])
-    args = script.parse_args(script.Args, script.PRESETS, "")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *TINY[name].split(), *flags.split()])
+    args = script.parse_args(script.Args, script.PRESETS, "", script.CHANGEABLE)
+    env, shapes = script.make_env(args, seed=7), shapes if isinstance(shapes, dict) else {"observation": shapes}
+    obs, _ = env.reset()
+    assert env.observation_space.contains(obs)
+    as_dict = lambda x: dict(x) if set(shapes) != {"observation"} else {"observation": x}  # noqa: E731
+    assert {k: v.shape for k, v in as_dict(obs).items()} == shapes
+    assert (
+        env.action_space.n if case not in ("dmc-proprio", "dmc-pixels", "box2d", "rendered") else env.action_space.shape
+    ) == actions
+    for v in as_dict(obs).values():
+        assert v.dtype == (np.uint8 if v.ndim == 3 else np.float32 if v.ndim else np.int64)
+        assert v.ndim < 3 or v.std() > 3
     result = script.main(args)
     assert result["global_step"] == 128 and result["updates"] > 3 and np.isfinite(result["episodic_return"])
     run = next((tmp_path / "runs").iterdir())
-    assert json.loads((run / "result.json").read_text())["updates"] == result["updates"]
-    assert len(list((run / "videos").glob("open_loop-*.gif"))) == 1
-    rows = script.load_checkpoint(str(run), name)["replay"]["rows"]
-    seen = {k: v for k, v in rows.items() if k.startswith("obs/")}
+    rows = script.load_checkpoint(str(run))["replay"]["rows"]
+    assert {k: v.shape[2:] for k, v in rows.items() if k.startswith("obs/")} == {
+        f"obs/{k}": s for k, s in shapes.items()
+    }
     assert rows["is_first"].sum() >= 2 and rows["is_last"].sum() >= 2
-    if kind == "image":
-        (image,) = seen.values()
-        side = args.image_size
-        assert image.shape[2:] == (side, side, 1 if args.grayscale else 3) and image.numpy().std() > 3
-    elif kind == "vector":
-        assert all(v.dim() == 3 and v.is_floating_point() for v in seen.values())
-    else:
-        assert all(v.dim() == 2 and not v.is_floating_point() for v in seen.values())
+    agent = script.load(str(run))
+    batch = {k: np.stack([v, v]) for k, v in obs.items()} if isinstance(obs, dict) else np.stack([obs, obs])
+    chosen, _ = agent.act(batch, None, np.ones(2, bool))
+    assert all(env.action_space.contains(np.clip(a, -1, 1) if a.ndim else a) for a in chosen)
+    frames = {k: v[:, None] for k, v in batch.items()} if isinstance(batch, dict) else batch[:, None]
+    state, seen = agent.observe(frames, chosen[:, None][:, :0])
+    state, reward, alive, dreamed = agent.imagine(state, chosen)
+    assert np.isfinite(reward).all() and reward.shape == alive.shape == (2,) and ((0 <= alive) & (alive <= 1)).all()
+    for x, lead in ((seen, (2, 1)), (dreamed, (2,))):
+        found = {k: (v.shape, v.dtype) for k, v in as_dict(x).items()}
+        assert found == {k: ((*lead, *v.shape), v.dtype) for k, v in as_dict(obs).items()}
 
 
 # The same for planet_cem.py: (flags, kind of observation, whether it needs a renderer, dimensions of the action,

@@ -1,7 +1,8 @@
 """Bad inputs and faults: what a script answers, that it answers before it creates anything, that checkpoints survive.
 
-A new script adds itself to SCRIPTS; rows whose flags it does not have are skipped. Most rows run in this process
-(milliseconds); real processes are started where signals, kills or the environment of the process matter."""
+Of scripts of the first shape; see test_contract.py for the second. Rows whose flags a script does not have are skipped.
+Most rows run in this process (milliseconds); real processes are started where signals, kills or the environment of the
+process matter."""
 
 import contextlib
 import fcntl
@@ -46,35 +47,6 @@ STUB = "stub_env:Stub-v0"
 #   more than its checkpoint holds. pictures: steps of the plots in TensorBoard with --report-every 48.
 # flags: every flag the script has. Removing or renaming one breaks its users: think twice before editing the list.
 SCRIPTS = {
-    "dreamerv3": dict(
-        tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 96 --learning-starts 16 --deter 16 --hidden 8 "
-        "--units 8 --cnn-depth 8 --classes 4 --stoch 4 --blocks 2 --mlp-layers 1 --bins 15 --batch-size 2 "
-        "--batch-length 4 --imag-starts 4 --imag-horizon 3 --train-ratio 1 --log-every 16 --save-every 32 "
-        "--report-every 0 --eval-episodes 2 --target-return None",
-        train_instance=1,
-        update=("Learner", "update"),
-        plant=lambda learner: learner.model.rew.out.bias,
-        term="reward",
-        faults={},
-        spaces=[("vector", "discrete_start1"), ("dict", "box"), ("discrete", "box_inf"), ("image", "discrete")],
-        state="learner replay rng episodes recent updates global_step",
-        exact_stop=False,
-        early=None,
-        resize=("--deter", "16", "32"),
-        rich=dict(obs="dict"),
-        extra=[],
-        pictures=[],
-        other="CartPole-v1",
-        chatty="--total-timesteps 1200 --log-every 1 --save-every 10000 --train-ratio 0.1 --buffer-size 100",
-        flags="action-repeat actor-unimix agc-clip batch-length batch-size beta1 beta2 bf16 bins blocks buffer-size "
-        "capture-video classes cnn-depth compile cuda deter dyn-scale ent-coef env-id env-kwargs "
-        "eval-episodes eval-greedy evaluate exp-name full-action-space gamma grayscale hidden imag-horizon "
-        "imag-starts image-size kl-free learning-rate learning-starts log-every max-episode-steps mlp-layers "
-        "noop-max num-envs num-threads pixels play preset rep-scale replay-cuda report-every repval-scale "
-        "resume retnorm-limit retnorm-rate return-lambda save-every save-replay seed size slow-reg "
-        "sticky-actions stoch target-return tau torch-deterministic total-timesteps track train-ratio unimix "
-        "units wandb-entity wandb-project-name warmup-updates",
-    ),
     # One collection of 2 environments is 16 agent steps. Update 1 follows the first, two more each of the other five.
     "planet_cem": dict(
         tiny="--preset cpu --no-cuda --no-pixels --num-envs 2 --total-timesteps 96 --seed-episodes 2 "
@@ -492,12 +464,10 @@ USAGE = [
     ("9-seed-minus", ["--seed", "-1"], ["--seed must be 0 to 4294967295, got -1"]),
     ("9-seed-large", ["--seed", "4294967296"], ["--seed must be 0 to 4294967295, got 4294967296"]),
     ("10-heads", ["--embed-dim", "100", "--num-heads", "8"], ["--embed-dim 100", "--num-heads 8", "remainder 4"]),
-    ("10-blocks", ["--deter", "100", "--blocks", "8"], ["--deter 100", "--blocks 8", "remainder 4"]),
     (
         "10-image",
         [dict(obs="image"), "--image-size", "21"],
         {
-            "dreamerv3": ["--image-size", "21", "remainder 1"],
             "planet_cem": ["--image-size must be one of 16, 32, 64, got 21"],
             "iris": ["--image-size must be a multiple of", "got 21: remainder 5"],
         },
@@ -832,15 +802,13 @@ def handmade_rows(instance, terminal):
     return rows
 
 
-@only_for("dreamerv3", "muzero")
+@only_for("muzero")
 @pytest.mark.parametrize("faults, terminal", [(dict(length=3), True), (dict(length=None, truncate_at=3), False)])
 def test_57_58_stored_transitions(script, faults, terminal):
     """3-step episodes: every stored row as made by hand. A terminated episode ends for good, a truncated one does not,
     and its last observation is the true one, not that of the next episode."""
     steps = 48  # whole episodes only, so that none is cut by the checkpoint at the end
     argv = ["--total-timesteps", 2 * steps, "--save-every", 10_000, "--buffer-size", 10_000]
-    if script.name == "dreamerv3":
-        argv += ["--batch-length", 24]  # with short sequences the ring of so short a run would be full too soon
     result = script.run(*argv, faults=faults | dict(reward="count"))
     assert result.code == 0, result.err
     stored = stored_rows(only_run())
@@ -853,7 +821,7 @@ def test_57_58_stored_transitions(script, faults, terminal):
     assert load(only_run())["global_step"] == 2 * steps
 
 
-@only_for("dreamerv3", "muzero")
+@only_for("muzero")
 def test_57_replay_holds_the_whole_run(script):
     """--buffer-size is cut to what --total-timesteps can fill, and one-step episodes fill two rows per step."""
     assert script.run("--buffer-size", 10_000, "--total-timesteps", 400, faults=dict(length=1)).code == 0

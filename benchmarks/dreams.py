@@ -1,14 +1,23 @@
-"""How good are the dreams? Any trained run with a DreamEnv against its real environment.
+"""How good are the dreams? Trained runs against their real environments.
 
+    python benchmarks/dreams.py runs/A
     python benchmarks/dreams.py runs/A runs/B --name NAME
+    python benchmarks/dreams.py runs/A --watch
 
 Real episodes are played (--policy agent or random). From each, a window is cut: the true observations and actions from
 the episode's beginning up to some step are given to the dream as context, since recurrent models need them all; then
 the dream goes on with the true actions, --dreams times with different noise. Written into benchmarks/results: NAME.md,
-NAME.csv and NAME.png, all runs side by side.
+NAME.csv and NAME.png, all runs side by side, and a NAME-RUN.gif for each: truth, dream and their difference below each
+other, four windows side by side, the border green while the model sees the truth and red while it dreams. Without
+--name all that is written into each run's directory, under the name dreams.
 
+  * error: mean squared error per number, images in 0..1, vectors in symlog space, keys of a Dict alike. Of a dream at
+    each step ("open loop") beside the last true frame repeated ("copy last"), the mean of all frames, and what the
+    model makes of a frame that it sees ("posterior"); one step from a true past ("one step") beside the frame before
+    ("copy previous"). Discrete observations do not count.
   * frames: PSNR of single dreams and of the mean of the dreams, beside the last true frame repeated ("copy"). Images
-    count in 0..255; a number of a vector in its range over the real data; a Discrete observation is right or wrong.
+    count in 0..255; a number of a vector in its range over the real data; a Discrete observation is right or wrong. A
+    dream that says it is over stays as it is.
   * reward: an event is a reward unlike the usual one (the most frequent value; where rewards are continuous, one in the
     upper half). Precision and recall of events at their exact step, in steps 1..h, and the mean absolute error.
   * termination: whether the dream says that the episode ends within h steps, against whether it did. Dreams are not
@@ -19,99 +28,177 @@ NAME.csv and NAME.png, all runs side by side.
     within --tolerance count as tied, and only numbers that move are counted: those where the truth or a dream differs
     from the last frame seen. Above the nominal share the dreams are too unsure, below it too sure of themselves.
 
-What a script must have: DreamEnv, and, for the real side, Args and make_env; agent_policy for --policy agent. Where the
-dream's observations are not the environment's but latent states (muzero.py), rewards and ends alone are measured.
+--watch follows a training that is running: for each new checkpoint it adds the errors (eval/open_loop_mse and the
+others) and the GIF (eval/open_loop, also RUN/videos/open_loop-STEP.gif) to the run's TensorBoard, in an event file of
+its own, until the training is done or Ctrl-C. (A tensorboard that runs with --load_fast false reads both files only
+with --reload_multifile true.)
+
+A script must offer load and make_env, its agent act, observe and imagine. Those that still have a DreamEnv instead are
+measured as well, without posterior, one step and GIF (they write their own into RUN/videos). Where the dream's
+observations are not the environment's but latent states, rewards and ends alone are measured.
 """
 
-import csv
-import importlib
+import contextlib
 import inspect
-import os
+import io
 import sys
+import time
 import zlib
+from collections import namedtuple
 from pathlib import Path
 
+import common
+import dreams_report
 import numpy as np
-from common import RESULTS, ROOT, Parser, at_least, fail, read_json
+from common import at_least, choose_device, fail, load_run, pick, read_json, stack
+from dreams_report import ERRORS, LEVELS
+from pictures import ROW, caption, draw, is_image, save_gif
 
-LEVELS = (0.5, 0.8, 0.95)
-HORIZONS = (1, 5, 10, 20, 50)
 KEY = 424_242  # of the real episodes' seeds: no training, report or evaluation uses it
+AHEAD = 8  # rows of a window that are predicted one step ahead: each costs a pass over the episode before it
+COLUMNS = 4  # windows side by side in the GIF
+SUFFIX = ".dreams"  # of the event file of --watch
+PAUSE, TRIES = 2.0, 5  # seconds between two looks of --watch, and how often a checkpoint may fail to load
+
+# All dreams of a window: frames {key: (N, S, ...)}, rewards (N, S), ends (N,): the step (from 1) at which a dream says
+# that the episode is over, or infinity. seen {key: (T, ...)}: what the model makes of each true frame of the episode.
+# ahead {t: {key: (1, ...)}}: frame t predicted from all before it. The last two are None and {} where a script has no
+# way to tell.
+Dream = namedtuple("Dream", "frames rewards ends seen ahead")
 
 
-# ---- The real side ---------------------------------------------------------------------------------------------------
+# ---- The dream's side ------------------------------------------------------------------------------------------------
 
 
 def as_dict(obs):
     return obs if isinstance(obs, dict) else {"observation": obs}
 
 
-def shapes_of(space):
-    """{key: shape} of an observation space."""
-    return {k: s.shape for k, s in getattr(space, "spaces", {"observation": space}).items()}
+class Seam:
+    """The dreams of an agent with `observe` and `imagine`: all of a window at once, as a batch."""
+
+    def __init__(self, script, agent):
+        self.script, self.agent, self.args = script, agent, agent.args
+        self.steps = agent.global_step
+        self.code = getattr(agent, "latent_action", lambda action: action)  # for worlds of latent actions
+
+    def make_env(self, seed):
+        return self.script.make_env(self.args, seed=seed)
+
+    def act(self, obs, state, first):
+        return self.agent.act(obs, state, first)
+
+    def observe(self, episode, count):
+        """The state after the first `count` observations, and what the model makes of each of them."""
+        actions = np.stack([self.code(a) for a in episode["action"]])[None, : count - 1]
+        return self.agent.observe(stack([stack(episode["obs"][:count])]), actions)
+
+    def imagine(self, state, action):
+        return self.agent.imagine(state, np.stack([self.code(action)] * len(state[0])))
+
+    def dream(self, episode, start, steps, count, rows=()):
+        """`count` dreams after `start` observations, `steps` steps with the true actions; `rows`: the frames that are
+        to be predicted one step ahead."""
+        state, _ = self.observe(episode, start)
+        state = tuple(s.repeat_interleave(count, 0) for s in state)
+        frames, rewards, alive = [], [], []
+        for action in episode["action"][start - 1 :][:steps]:
+            state, reward, goes_on, obs = self.imagine(state, action)
+            frames.append(obs)
+            rewards.append(np.asarray(reward))
+            alive.append(np.asarray(goes_on))
+        over = np.stack(alive, 1) < 0.5  # (N, S)
+        ends = np.where(over.any(1), over.argmax(1) + 1, np.inf)
+        ahead = {t: as_dict(self.imagine(self.observe(episode, t)[0], episode["action"][t - 1])[3]) for t in rows}
+        seen = as_dict(pick(self.observe(episode, start + steps)[1], 0))
+        return Dream(as_dict(stack(frames, 1)), np.stack(rewards, 1), ends, seen, ahead)
 
 
-def load(run, device):
-    """(dream, script module, its Args) of a run directory."""
+class Old:
+    """The same for scripts that have a DreamEnv and no `load`, one dream after another. Goes with the last of them."""
+
+    def __init__(self, script, run, device, seed):
+        import torch
+
+        for name in ("DreamEnv", "Args", "make_env"):
+            if not hasattr(script, name):
+                fail(f"{script.__name__}.py has no {name}: its dreams cannot be compared with reality")
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        self.script, self.device, self.seed = script, device, seed
+        # A world of latent actions is compared with reality through its map from true ones.
+        latent = "true_actions" in inspect.signature(script.DreamEnv).parameters
+        self.env = script.DreamEnv(str(run), device=device, **({"true_actions": True} if latent else {}))
+        known, saved = script.Args.__dataclass_fields__, read_json(Path(run) / "args.json")["args"]
+        self.args = script.Args(**{k: v for k, v in saved.items() if k in known})
+        self.steps, self.policy = (read_json(Path(run) / "result.json") or {}).get("global_step"), None
+
+    def make_env(self, seed):
+        return self.script.make_env(self.args, 0, seed)()
+
+    def act(self, obs, state, first):
+        if self.policy is None:
+            if not hasattr(self.script, "agent_policy"):
+                fail(f"--policy agent: {self.script.__name__}.py has no agent_policy, use --policy random")
+            make = self.script.agent_policy  # those of planners take settings
+            extra = [self.args] if "args" in inspect.signature(make).parameters else []
+            self.policy = make(self.env.model, self.device, *extra)
+        return self.policy(as_dict(obs), first, state)
+
+    def dream(self, episode, start, steps, count, rows=()):
+        given = {"observations": as_dict(stack(episode["obs"][:start])), "actions": np.stack(episode["action"][:start])}
+        frames, rewards, ends = [], np.zeros((count, steps)), np.full(count, np.inf)
+        for n in range(count):
+            self.env.reset(seed=1 + self.seed + n, options=given)
+            dreamed = []
+            for t in range(steps):
+                if ends[n] < np.inf:
+                    dreamed.append(dreamed[-1])
+                    continue
+                obs, rewards[n, t], terminated, truncated, _ = self.env.step(episode["action"][start - 1 + t])
+                dreamed.append(as_dict(obs))
+                if terminated:
+                    ends[n] = t + 1
+                elif truncated and t + 1 < steps:
+                    fail("the dream was truncated by its own step limit: lower --horizon")
+            frames.append(stack(dreamed))
+        return Dream(stack(frames), rewards, ends, None, {})
+
+
+def open_run(run, device, seed):
+    """The dreams of a run directory, whichever shape its script has."""
     info = read_json(Path(run) / "args.json")
-    if not isinstance(info, dict) or not {"script", "args"} <= set(info):
-        fail(f"{run} is not a run directory: no readable args.json")
-    if not (ROOT / f"{info['script']}.py").is_file():
-        fail(f"{run} was made by {info['script']}.py, which is not in the repository")
-    sys.path.insert(0, str(ROOT))
-    script = importlib.import_module(info["script"])
-    for name in ("DreamEnv", "Args", "make_env"):
-        if not hasattr(script, name):
-            fail(f"{info['script']}.py has no {name}: its dreams cannot be compared with reality")
-    known = {f for f in script.Args.__dataclass_fields__}
-    # A world of latent actions is compared with reality through its map from true ones.
-    latent = "true_actions" in inspect.signature(script.DreamEnv).parameters
-    return (
-        script.DreamEnv(str(run), device=device, **({"true_actions": True} if latent else {})),
-        script,
-        script.Args(**{k: v for k, v in info["args"].items() if k in known}),
-    )
+    script = common.load_script(info["script"], str(run)) if isinstance(info, dict) and "script" in info else None
+    if script is not None and not hasattr(script, "load"):
+        return Old(script, run, device, seed)
+    script, agent = load_run(run, device)
+    agent.seed(seed)
+    return Seam(script, agent)
 
 
-def make_policy(kind, script, dream, args, device, seed):
-    """A function (obs, is this the first step) -> action of one environment."""
-    rng, space = np.random.default_rng(seed), dream.action_space
-    if kind == "random":
-        uniform = lambda: rng.uniform(-1, 1, space.shape).astype(np.float32)  # noqa: E731
-        return lambda obs, first: int(rng.integers(space.n)) if hasattr(space, "n") else uniform()
-    if not hasattr(script, "agent_policy"):
-        fail(f"--policy agent: {script.__name__}.py has no agent_policy, use --policy random")
-    extra = [args] if "args" in inspect.signature(script.agent_policy).parameters else []  # planners have settings
-    policy, memory = script.agent_policy(dream.model, device, *extra), [None]
-
-    def act(obs, first):
-        memory[0] = None if first else memory[0]
-        batch = {k: np.asarray(v)[None] for k, v in obs.items()}
-        action, memory[0] = policy(batch, np.array([first]), memory[0])
-        return action[0]
-
-    return act
+# ---- The real side ---------------------------------------------------------------------------------------------------
 
 
 def play(env, act, steps):
     """One real episode of at most `steps` steps: {name: list}; observations have one entry more than the rest."""
-    obs, _ = env.reset()
-    out = dict(obs=[as_dict(obs)], action=[], reward=[], terminated=[])
+    batch = stack([env.reset()[0]])  # a copy: some environments write every observation into the same array
+    out, state = dict(obs=[pick(batch, 0)], action=[], reward=[], terminated=[]), None
     for t in range(steps):
-        action = act(out["obs"][-1], t == 0)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        out["obs"].append(as_dict(obs))
-        for name, value in (("action", action), ("reward", float(reward)), ("terminated", bool(terminated))):
+        actions, state = act(batch, state, np.array([t == 0]))
+        obs, reward, terminated, truncated, _ = env.step(actions[0])
+        batch = stack([obs])
+        values = pick(batch, 0), actions[0], float(np.asarray(reward).item()), bool(terminated)
+        for name, value in zip(out, values, strict=True):
             out[name].append(value)
         if terminated or truncated:
             break
     return out
 
 
-def windows(env, act, count, context, horizon, rng):
+def windows(env, act, count, context, horizon, rng, name="windows"):
     """`count` windows of real experience: (episode, number of observations given as context). The dream starts at a
-    random step between `context` and four times that, earlier where the episode is over before."""
-    found, tries = [], 0
+    random step between `context` and four times that; in short episodes anywhere in their second half."""
+    found, tries, progress = [], 0, common.Progress()
     while len(found) < count:
         tries += 1
         if tries > 20 * count:
@@ -119,62 +206,144 @@ def windows(env, act, count, context, horizon, rng):
         episode = play(env, act, 4 * context + horizon)
         last = len(episode["action"]) - 1  # at least one step is left to be dreamed
         if last >= 1:
-            found.append((episode, int(rng.integers(min(context, last), min(4 * context, last) + 1))))
+            least = min(context, (last + 1) // 2)
+            found.append((episode, int(rng.integers(least, min(4 * context, last) + 1))))
+        progress(f"{name}: played {len(found)} of {count} episodes")
     return found
-
-
-# ---- The dream's side ------------------------------------------------------------------------------------------------
-
-
-def dream_on(dream, episode, start, steps, seed):
-    """One dream of `steps` steps from the context before `start`, with the true actions: observations, rewards, and
-    the step (from 1) at which it said that the episode is over, or None. After that its last frame stays."""
-    given = {k: np.stack([o[k] for o in episode["obs"][:start]]) for k in episode["obs"][0]}
-    options = {"observations": given, "actions": np.stack(episode["action"][:start])}
-    dream.reset(seed=seed, options=options)
-    frames, rewards, end = [], [], None
-    for t in range(steps):
-        if end is None:
-            obs, reward, terminated, truncated, _ = dream.step(episode["action"][start - 1 + t])
-            frames.append(as_dict(obs))
-            rewards.append(float(reward))
-            if terminated:
-                end = t + 1
-            elif truncated and t + 1 < steps:
-                fail("the dream was truncated by its own step limit: lower --horizon")
-        else:
-            frames.append(frames[-1])
-            rewards.append(0.0)
-    return frames, rewards, end
 
 
 def scales(found):
     """{key: range of each number} by which differences are divided, so that errors have one unit. Discrete: None."""
     out = {}
-    for key, first in found[0][0]["obs"][0].items():
-        values = [np.asarray(o[key]) for episode, _ in found for o in episode["obs"]]
+    for key, first in as_dict(found[0][0]["obs"][0]).items():
         if np.asarray(first).dtype == np.uint8:
             out[key] = np.float32(255)
         elif np.ndim(first) == 0 and np.issubdtype(np.asarray(first).dtype, np.integer):
             out[key] = None
         else:
+            values = [np.asarray(as_dict(o)[key]) for episode, _ in found for o in episode["obs"]]
             spread = np.ptp(np.stack(values), axis=0).astype(np.float32)
             out[key] = np.where(spread > 0, spread, 1)
     return out
 
 
-def flat(obs, scale):
-    """One observation as vectors in units of their range; Discrete entries stay as they are."""
-    return {k: np.asarray(obs[k], np.float32).ravel() / (1 if s is None else np.ravel(s)) for k, s in scale.items()}
+def flat(obs, scale, lead=0):
+    """Observations, behind `lead` axes, as vectors in units of their range; Discrete entries stay as they are."""
+    out = {}
+    for key, s in scale.items():
+        value = np.asarray(obs[key], np.float32)
+        out[key] = value.reshape(*value.shape[:lead], -1) / (1 if s is None else np.ravel(s))
+    return out
 
 
 def difference(a, b, scale):
     """Squared differences of two flat observations, all keys after another; a wrong Discrete entry counts 1."""
     parts = [(a[k] != b[k]).astype(np.float32) if scale[k] is None else (a[k] - b[k]) ** 2 for k in scale]
-    return np.concatenate([np.atleast_1d(p) for p in parts], -1)
+    return np.concatenate(parts, -1)
 
 
-# ---- What is measured ------------------------------------------------------------------------------------------------
+class Tally:
+    """Values by name and step of the horizon; the step counts from 1, rows before the dream have 0 and less."""
+
+    def __init__(self):
+        self.values = {}
+
+    def note(self, name, step, value):
+        self.values.setdefault(name, {}).setdefault(step, []).append(float(value))
+
+    def at(self, name, step):
+        return self.values.get(name, {}).get(step, [])
+
+    def upto(self, name, step):
+        return [v for t, values in self.values.get(name, {}).items() if t <= step for v in values]
+
+
+def mean(values):
+    """None where there are none."""
+    return float(np.mean(values)) if values else None
+
+
+# ---- Squared errors --------------------------------------------------------------------------------------------------
+
+
+def in_loss_units(obs):
+    """{key: (...) float}: images in 0..1, vectors in symlog space; without Discrete entries."""
+    values = {k: np.asarray(v) for k, v in as_dict(obs).items()}
+    image = {k: v.astype(np.float32) / 255 for k, v in values.items() if v.dtype == np.uint8}
+    vector = {k: np.sign(v) * np.log1p(np.abs(v)) for k, v in values.items() if np.issubdtype(v.dtype, np.floating)}
+    return image | vector
+
+
+def square(prediction, target):
+    """Mean squared error per number, all keys alike; `prediction` may be a batch of them."""
+    return float(np.mean([((prediction[k] - target[k]) ** 2).mean() for k in target]))
+
+
+class Errors:
+    """Squared errors of dreams and of the trivial predictors. The rows that count are the last `context` ones before
+    the dream, which the model sees, and those that are dreamed."""
+
+    def __init__(self, found, context, horizon):
+        self.context, self.horizon, self.tally = context, horizon, Tally()
+        rows, total = [(e, t) for e, start in found for t in self.rows(e, start)], {}
+        for episode, t in rows:
+            total = {k: total.get(k, 0.0) + v.astype(float) for k, v in in_loss_units(episode["obs"][t]).items()}
+        self.mean = {k: v / len(rows) for k, v in total.items()}
+
+    def rows(self, episode, start):
+        return range(max(0, start - self.context), min(start + self.horizon, len(episode["obs"])))
+
+    def ahead(self, episode, start):
+        """The rows that are predicted one step ahead, evenly spread."""
+        rows = [t for t in self.rows(episode, start) if t]
+        return sorted({rows[int(i)] for i in np.linspace(0, len(rows) - 1, AHEAD).round()})
+
+    def add(self, episode, start, dream):
+        truth, frames = [in_loss_units(o) for o in episode["obs"]], in_loss_units(dream.frames)
+        for t in self.rows(episode, start) if self.mean else ():
+            step, said = t - start + 1, {"mean_frame_mse": self.mean}
+            if dream.seen:
+                said["posterior_mse"] = in_loss_units(pick(dream.seen, t))
+            if t in dream.ahead:
+                said |= {"one_step_mse": in_loss_units(dream.ahead[t]), "copy_previous_mse": truth[t - 1]}
+            if step > 0:
+                said["open_loop_mse"] = {k: v[:, step - 1] for k, v in frames.items()}
+                said["copy_last_mse"] = truth[start - 1]
+            for name, prediction in said.items():
+                self.tally.note(name, step, square(prediction, truth[t]))
+
+    def means(self):
+        """{name: mean over all rows}, of the errors that there are."""
+        return {name: mean(self.tally.upto(name, np.inf)) for name in ERRORS if name in self.tally.values}
+
+
+def look(world, found, errors, count, name="dreams"):
+    """Dream about every window: yields (episode, start, Dream) and adds to `errors`."""
+    progress = common.Progress()
+    for i, (episode, start) in enumerate(found):
+        steps = min(errors.horizon, len(episode["action"]) - start + 1)
+        dream = world.dream(episode, start, steps, count, errors.ahead(episode, start))
+        if same_kind(dream, episode):
+            errors.add(episode, start, dream)
+        yield episode, start, dream
+        progress(f"{name}: dreamed about {i + 1} of {len(found)} windows")
+
+
+def same_kind(dream, episode):
+    """Whether the dream is of the environment's observations, not of latent states."""
+    real = {k: np.shape(v) for k, v in as_dict(episode["obs"][0]).items()}
+    return {k: v.shape[2:] for k, v in dream.frames.items()} == real
+
+
+def open_loop_errors(agent, found, context, horizon, dreams=1):
+    """The means of ERRORS over `windows` of real experience, for an agent with the seam: {name: error}."""
+    errors = Errors(found, context, horizon)
+    for _ in look(Seam(None, agent), found, errors, dreams):
+        pass
+    return errors.means()
+
+
+# ---- Rewards, ends, calibration, PSNR --------------------------------------------------------------------------------
 
 
 def covered(truth, dreams, tolerance, rng, levels=LEVELS):
@@ -193,8 +362,8 @@ def covered(truth, dreams, tolerance, rng, levels=LEVELS):
 
 
 def precision_recall(hits, said, true):
-    """Two shares; None where there is nothing to be right or wrong about."""
-    return (hits / said if said else None), (hits / true if true else None)
+    """Two shares, from lists; None where there is nothing to be right or wrong about."""
+    return tuple(sum(hits) / sum(x) if sum(x) else None for x in (said, true))
 
 
 def reward_event(real):
@@ -210,248 +379,282 @@ def reward_event(real):
     return lambda r: np.asarray(r) > middle
 
 
-class Tally:
-    """Sums over windows, per step of the horizon."""
+def compare(tally, episode, start, dream, scale, event, levels, flags, rng):
+    """Note all of one window but the squared errors. `scale`: of what can be compared, {} where frames can't be."""
+    rewards, truths = episode["reward"][start - 1 :][: flags.horizon], [as_dict(o) for o in episode["obs"]]
+    row, every = np.arange(len(rewards)), np.arange(len(dream.ends))
+    dreamed = np.where(row < dream.ends[:, None], dream.rewards, 0)  # (N, S): a dream that is over has no rewards
+    stays = np.minimum(row, dream.ends[:, None] - 1).astype(int)  # (N, S): and keeps its last frame
+    last, numbers = flat(truths[start - 1], scale), [k for k in scale if scale[k] is not None]
+    reward_range = max(1e-6, float(np.ptp(episode["reward"])))
+    for t, reward in enumerate(rewards):
+        note = lambda name, value, t=t: tally.note(name, t + 1, value)  # noqa: E731
+        truth = flat(truths[start + t], scale)
+        said = flat({k: v[every, stays[:, t]] for k, v in dream.frames.items()}, scale, 1)  # {key: (N, M)}
+        if scale:
+            middle = {k: v.mean(0) if k in numbers else v[0] for k, v in said.items()}
+            for name, guess in (("psnr", said), ("psnr_of_mean", middle), ("psnr_copy", last)):
+                note(name, difference(guess, truth, scale).mean())
+        for key in numbers:
+            moves = (np.abs(np.vstack([said[key], truth[key]]) - last[key]) > flags.tolerance).any(0)
+            if moves.any():  # windows count alike, however much moves in them
+                for level, hit in covered(truth[key][moves], said[key][:, moves], flags.tolerance, rng, levels).items():
+                    note(f"coverage_{level:.0%}", hit.mean())
+        note("reward_mae", np.abs(dreamed[:, t] - reward).mean())
+        if event:
+            claims, true = event(dreamed[:, t]), bool(event(reward))
+            for name, value in (("hits", (claims & true).mean()), ("said", claims.mean()), ("true", true)):
+                note(name, value)
+            if claims.any() or true:  # a reward that nobody doubts says nothing about calibration
+                hits = covered(np.array([reward]), dreamed[:, t : t + 1], 0.01 * reward_range, rng, levels)
+                for level, hit in hits.items():
+                    note(f"reward_coverage_{level:.0%}", hit[0])
+    over = next((t + 1 for t, e in enumerate(episode["terminated"][start - 1 :][: flags.horizon]) if e), np.inf)
+    known = flags.horizon if over < np.inf else len(rewards)  # nobody knows when a truncated one would have ended
+    for h in range(1, known + 1):
+        said, true = (dream.ends <= h).mean(), over <= h
+        for name, value in (("end_hits", said * true), ("end_said", said), ("end_true", true)):
+            tally.note(name, h, value)
 
-    def __init__(self, horizon, levels):
-        self.h, zero = horizon, lambda: np.zeros(horizon)
-        self.error, self.mean_error, self.copy_error, self.count = zero(), zero(), zero(), zero()
-        self.inside, self.moving = {level: zero() for level in levels}, zero()
-        self.reward_inside, self.reward_count = {level: zero() for level in levels}, zero()
-        self.hits, self.said, self.true, self.reward_error, self.steps = zero(), zero(), zero(), zero(), zero()
-        self.end_hits, self.end_said, self.end_true = zero(), zero(), zero()  # ended by step h, cumulative
-        self.windows, self.dreams, self.frames = 0, 0, True
 
-    def add(self, episode, start, all_dreams, scale, event, tolerance, rng):
-        truth = [flat(o, scale) for o in episode["obs"][start : start + self.h]]
-        rewards, steps = episode["reward"][start - 1 :][: self.h], len(truth)
-        last, N, self.frames = flat(episode["obs"][start - 1], scale), len(all_dreams), bool(scale)
-        self.windows, self.dreams = self.windows + 1, self.dreams + N
-        numbers = [k for k in scale if scale[k] is not None]
-        reward_range = max(1e-6, float(np.ptp(episode["reward"])))
-        for t in range(steps):
-            flats = [flat(frames[t], scale) for frames, _, _ in all_dreams]
-            self.count[t] += 1
-            if scale:
-                self.error[t] += np.mean([difference(f, truth[t], scale).mean() for f in flats])
-                middle = {k: np.mean([f[k] for f in flats], 0) if k in numbers else flats[0][k] for k in scale}
-                self.mean_error[t] += difference(middle, truth[t], scale).mean()
-                self.copy_error[t] += difference(last, truth[t], scale).mean()
-            for key in numbers:
-                dreams = np.stack([f[key] for f in flats])
-                moves = (np.abs(np.vstack([dreams, truth[t][key]]) - last[key]) > tolerance).any(0)
-                for level, hit in covered(truth[t][key][moves], dreams[:, moves], tolerance, rng).items():
-                    self.inside[level][t] += hit.mean() if len(hit) else 0.0
-                self.moving[t] += bool(moves.any())  # windows count alike, however much moves in them
-            dreamed = np.array([r[t] for _, r, _ in all_dreams])
-            self.reward_error[t] += np.abs(dreamed - rewards[t]).mean()
-            self.steps[t] += 1
-            if event:
-                said, true = event(dreamed), bool(event(rewards[t]))
-                self.hits[t] += (said & true).mean()
-                self.said[t] += said.mean()
-                self.true[t] += true
-                if said.any() or true:  # a reward that nobody doubts says nothing about calibration
-                    for level, hit in covered(
-                        np.array([rewards[t]]), dreamed[:, None], 0.01 * reward_range, rng
-                    ).items():
-                        self.reward_inside[level][t] += hit[0]
-                    self.reward_count[t] += 1
-        over = next((t + 1 for t, e in enumerate(episode["terminated"][start - 1 :][: self.h]) if e), None)
-        known = self.h if over else len(rewards)  # beyond a truncation nobody knows when it would have ended
-        for h in range(1, known + 1):
-            ended = over is not None and over <= h
-            said = np.mean([end is not None and end <= h for _, _, end in all_dreams])
-            self.end_hits[h - 1] += said * ended
-            self.end_said[h - 1] += said
-            self.end_true[h - 1] += ended
+def summary(tally, errors, levels):
+    """[{step: h, measure: value}] for all steps of the horizon that any window reached."""
+    out = []
+    for h in sorted(tally.values["reward_mae"]):
+        row = dict(step=h, windows=len(tally.at("reward_mae", h)))
+        row |= {name: mean(errors.tally.at(name, h)) for name in ERRORS}
+        for name in ("one_step_mse", "copy_previous_mse"):  # these do not depend on the horizon
+            row[name] = errors.means().get(name)
+        for name in ("psnr", "psnr_of_mean", "psnr_copy"):
+            error = mean(tally.at(name, h))
+            row[name] = None if error is None else float(-10 * np.log10(max(error, 1e-10)))
+        for level in levels:
+            row[f"coverage_{level:.0%}"] = mean(tally.at(f"coverage_{level:.0%}", h))
+            row[f"reward_coverage_{level:.0%}"] = mean(tally.upto(f"reward_coverage_{level:.0%}", h))
+        row["reward_mae"] = mean(tally.at("reward_mae", h))
+        pair = precision_recall(*(tally.upto(name, h) for name in ("hits", "said", "true")))
+        row["reward_precision"], row["reward_recall"], row["reward_events"] = *pair, int(sum(tally.upto("true", h)))
+        pair = precision_recall(*(tally.at(name, h) for name in ("end_hits", "end_said", "end_true")))
+        row["end_precision"], row["end_recall"], row["ends"] = *pair, int(sum(tally.at("end_true", h)))
+        out.append(row)
+    return out
 
-    def rows(self):
-        """[{step: h, measure: value}] for all steps of the horizon that any window reached."""
-        out = []
-        for t in range(self.h):
-            n = self.count[t]
-            if not n:
-                break
-            psnr = lambda total, n=n: float(-10 * np.log10(max(total / n, 1e-10))) if self.frames else None  # noqa: E731
-            row = dict(step=t + 1, windows=int(n), psnr=psnr(self.error[t]), psnr_of_mean=psnr(self.mean_error[t]))
-            row["psnr_copy"] = psnr(self.copy_error[t])
-            for level in self.inside:
-                row[f"coverage_{level:.0%}"] = self.inside[level][t] / self.moving[t] if self.moving[t] else None
-                seen = self.reward_count[: t + 1].sum()
-                inside = self.reward_inside[level][: t + 1].sum()
-                row[f"reward_coverage_{level:.0%}"] = inside / seen if seen else None
-            row["reward_mae"] = self.reward_error[t] / self.steps[t]
-            pair = precision_recall(*(x[: t + 1].sum() for x in (self.hits, self.said, self.true)))
-            row["reward_precision"], row["reward_recall"], row["reward_events"] = *pair, int(self.true[: t + 1].sum())
-            pair = precision_recall(self.end_hits[t], self.end_said[t], self.end_true[t])
-            row["end_precision"], row["end_recall"], row["ends"] = *pair, int(self.end_true[t])
-            out.append(row)
-        return out
+
+# ---- A run -----------------------------------------------------------------------------------------------------------
+
+
+def device_of(flags):
+    import torch
+
+    device = choose_device(flags.no_cuda)
+    if device == "cpu":
+        torch.set_num_threads(flags.threads)
+    return device
+
+
+def record(world, name, flags, rng):
+    """(observation space, windows) of a run's environment."""
+    try:
+        env = world.make_env(KEY + flags.seed)
+    except Exception as e:  # a board game, say
+        fail(f"{name}: cannot build {world.args.env_id} ({' '.join(str(e).split())})")
+    act = world.act if flags.policy == "agent" else common.random_policy(env.action_space, flags.seed)
+    try:
+        return env.observation_space, windows(env, act, flags.windows, flags.context, flags.horizon, rng, name)
+    finally:
+        env.close()
 
 
 def measure(run, flags):
-    """All rows of one run, with a name for tables and pictures."""
-    import torch
-
-    torch.manual_seed(flags.seed)
-    np.random.seed(flags.seed)
-    device = "cuda" if torch.cuda.is_available() and not flags.no_cuda else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(flags.threads)
-    dream, script, args = load(run, device)
+    """All rows of one run, with a name for tables and pictures, and the frames of its GIF."""
+    world = open_run(run, device_of(flags), flags.seed)
     rng = np.random.default_rng([flags.seed, zlib.crc32(b"dreams")])
-    act = make_policy(flags.policy, script, dream, args, device, flags.seed)
-    try:
-        env = script.make_env(args, 0, KEY + flags.seed)()
-    except Exception as e:  # a board game, say
-        fail(f"{run}: cannot build {args.env_id} ({' '.join(str(e).split())})")
-    found = windows(env, act, flags.windows, flags.context, flags.horizon, rng)
-    env.close()
+    space, found = record(world, run.name, flags, rng)
     event = reward_event([r for episode, _ in found for r in episode["reward"]])
-    # A model without a decoder dreams latent states: only its rewards and ends can be compared.
-    scale = scales(found) if shapes_of(dream.observation_space) == shapes_of(env.observation_space) else {}
     levels = [level for level in LEVELS if (1 - level) / 2 * (flags.dreams + 1) >= 1 - 1e-9]
-    tally = Tally(flags.horizon, levels)
-    for i, (episode, start) in enumerate(found):
-        steps = min(flags.horizon, len(episode["action"]) - start + 1)
-        dreams = [dream_on(dream, episode, start, steps, seed=1 + flags.seed + n) for n in range(flags.dreams)]
-        tally.add(episode, start, dreams, scale, event, flags.tolerance, rng)
-        if sys.stdout.isatty():
-            print(f"\r{Path(run).name}: window {i + 1} of {len(found)}", end="", flush=True)
-    print(f"{chr(13) if sys.stdout.isatty() else ''}{Path(run).name}: {len(found)} windows, {flags.dreams} dreams each")
-    steps = (read_json(Path(run) / "result.json") or {}).get("global_step")
-    trained = f"{steps:,} steps" if steps else "unfinished"
-    title = f"{script.__name__}, {args.env_id}, {trained}, seed {args.seed}"
-    return dict(run=Path(run).name, name=title, rows=tally.rows())
+    tally, errors, scale, shown = Tally(), Errors(found, flags.context, flags.horizon), scales(found), []
+    for episode, start, dream in look(world, found, errors, flags.dreams, run.name):
+        # A model without a decoder dreams latent states: only its rewards and ends can be compared.
+        usable = scale if same_kind(dream, episode) else {}
+        compare(tally, episode, start, dream, usable, event, levels, flags, rng)
+        shown = keep(shown, episode, start, dream, flags.context)
+    print(f"{run.name}: {len(found)} windows, {flags.dreams} dreams each", flush=True)
+    trained = f"{world.steps:,} steps" if world.steps else "unfinished"
+    title = f"{world.script.__name__}, {world.args.env_id}, {trained}, seed {world.args.seed}"
+    frames = gif_frames(space, shown, flags.context, flags.horizon) if isinstance(world, Seam) else None
+    return dict(run=run.name, name=title, rows=summary(tally, errors, levels), errors=errors.means(), frames=frames)
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
+# ---- The GIF ---------------------------------------------------------------------------------------------------------
 
 
-def cell(value, digits=2):
-    return "-" if value is None else f"{value:.{digits}f}"
+def keep(shown, episode, start, dream, context):
+    """The windows that are longest so far, with the first of their dreams: [(episode, start, Dream)] for the GIF."""
+    dream = dream._replace(frames={k: v[:1].copy() for k, v in dream.frames.items()})
+    length = lambda x: min(x[1], context) + x[2].rewards.shape[1]  # noqa: E731
+    return sorted([*shown, (episode, start, dream)], key=length, reverse=True)[:COLUMNS]
 
 
-def table(head, lines):
-    return "\n".join(
-        ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(x) + " |" for x in lines)]
-    )
+def column(real, truth, said, color):
+    """Truth, model and difference below each other; difference of pictures, or bars of differences of numbers."""
+    image, rows = any(is_image(v) for v in truth.values()), sum(np.size(v) for v in truth.values())
+    same = {k: np.shape(v) for k, v in truth.items()} == {k: np.shape(v) for k, v in said.items()}
+
+    def paint(space, obs):
+        obs = obs if hasattr(real, "spaces") else obs["observation"]
+        return draw(space, obs, 128) if image else draw(space, obs, 192)[: ROW * rows + 4]
+
+    pictures = [paint(real, truth), paint(real if same else None, said)]
+    if same and image:
+        pictures.append(((pictures[1].astype(int) - pictures[0]) // 2 + 128).astype(np.uint8))
+    elif same:
+        pictures.append(paint(None, {k: np.asarray(said[k], np.float32) - v for k, v in truth.items()}))
+    widest, cells = max(p.shape[1] for p in pictures), []
+    for picture, border in zip(pictures, ((0, 0, 0), color, (0, 0, 0))):
+        cells.append(np.full((len(picture) + 6, widest + 6, 3), border, np.uint8))
+        cells[-1][3:-3, 3 : picture.shape[1] + 3] = picture
+    return np.concatenate(cells)
 
 
-def document(name, found, flags):
-    """NAME.md: one table per question, one line per run and horizon."""
-    picked = [(m, row) for m in found for row in m["rows"] if row["step"] in HORIZONS]
-    first = lambda m, row: [m["name"], str(row["step"])]  # noqa: E731
-    counted = lambda m, row: [*first(m, row), str(row["windows"])]  # noqa: E731
-    settings = f"{flags.windows} windows per run, {flags.dreams} dreams each, {flags.policy} policy, context from the"
-    settings += f" beginning of the episode, at least {flags.context} steps where there are so many."
-    parts = [f"# {name}", f"Written by `benchmarks/dreams.py`: {settings}", f"![{name}]({name}.png)"]
-    frames = [[*counted(m, r), *(cell(r[k], 1) for k in ("psnr", "psnr_of_mean", "psnr_copy"))] for m, r in picked]
-    head = ["run", "step"]
-    parts += [
-        "## Frames",
-        "PSNR in dB, higher is better.",
-        table([*head, "windows", "one dream", "mean of the dreams", "copy"], frames),
-    ]
-    keys = ("reward_precision", "reward_recall")
-    events = [
-        [*first(m, r), cell(r["reward_mae"], 3), *(cell(r[k]) for k in keys), str(r["reward_events"])]
-        for m, r in picked
-    ]
-    parts += ["## Reward", "Events in steps 1..h; the error at step h.",
-              table([*head, "mean absolute error", "precision", "recall", "real events"], events)]  # fmt: skip
-    ends = [[*first(m, r), cell(r["end_precision"]), cell(r["end_recall"]), str(r["ends"])] for m, r in picked]
-    parts += ["## Termination", "Ended within h steps.", table([*head, "precision", "recall", "real ends"], ends)]
-    levels = [k for k in found[0]["rows"][0] if "coverage" in k]
-    shares = [[*counted(m, r), *(cell(r[k]) for k in levels)] for m, r in picked]
-    what = (
-        "Share of true values inside the dreams' central interval: frames at step h, numbers that move only; rewards in"
-    )
-    what += " steps 1..h, where a dream or the truth has an event."
-    parts += ["## Calibration", what, table([*head, "windows", *(k.replace("_", " ") for k in levels)], shares)]
-    return "\n\n".join(parts) + "\n"
+def gif_frames(space, shown, context, horizon):
+    """Frames of the open-loop GIF: windows aligned where the dream begins. Outside its episode a window stands still,
+    with a grey border."""
+    seen = min(context, max(start for _, start, _ in shown))
+    frames, dreamed = [], min(horizon, max(dream.rewards.shape[1] for *_, dream in shown))
+    for t in range(-seen, dreamed):
+        columns = []
+        for episode, start, dream in shown:
+            row = int(np.clip(start + t, 0, start + dream.rewards.shape[1] - 1))
+            said = pick(dream.seen, row) if row < start else {k: v[0, row - start] for k, v in dream.frames.items()}
+            color = (110, 110, 110) if row != start + t else (0, 180, 0) if row < start else (220, 0, 0)
+            columns.append(column(space, as_dict(episode["obs"][row]), said, color))
+        what = "the model sees" if t < 0 else f"the model dreams, step {t + 1}"
+        frames.append(caption(np.concatenate(columns, 1), f"{what}: truth, model, difference"))
+    return frames
 
 
-def picture(found, path):
-    """NAME.png: four panels, one colour per run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, ((frames, calibration), (reward, ends)) = plt.subplots(2, 2, figsize=(11, 7.5))
-    styles = dict(zip(LEVELS, (":", "--", "-")))
-
-    def line(axis, m, key, **look):
-        points = [(r["step"], r[key]) for r in m["rows"] if r.get(key) is not None]
-        if points:
-            axis.plot(*zip(*points), **look)
-
-    for i, m in enumerate(found):
-        color = f"C{i % 10}"
-        line(frames, m, "psnr", color=color)
-        frames.plot([], [], color=color, label=m["name"])
-        line(frames, m, "psnr_of_mean", color=color, linestyle=":")
-        line(frames, m, "psnr_copy", color=color, linestyle="--", alpha=0.5)
-        for level, style in styles.items():
-            line(calibration, m, f"coverage_{level:.0%}", color=color, linestyle=style)
-        for axis, what in ((reward, "reward"), (ends, "end")):
-            line(axis, m, f"{what}_recall", color=color)
-            line(axis, m, f"{what}_precision", color=color, linestyle="--")
-    last = max(m["rows"][-1]["step"] for m in found)
-    for level in LEVELS:
-        calibration.axhline(level, color="gray", linewidth=0.8, linestyle=styles[level])
-        calibration.annotate(f"{level:.0%}", (last, level), color="gray", fontsize=8, va="bottom", ha="right")
-    frames.set(title="frames: a dream (-), mean of dreams (:), copy (--)", ylabel="PSNR, dB")
-    calibration.set(title="calibration: truth inside the dreams' interval", ylabel="share", ylim=(-0.03, 1.03))
-    reward.set(title="reward events up to here: recall (-), precision (--)", ylabel="share", ylim=(-0.03, 1.03))
-    ends.set(title="episode over by here: recall (-), precision (--)", ylabel="share", ylim=(-0.03, 1.03))
-    for axis in (frames, calibration, reward, ends):
-        axis.set_xlabel("steps into the dream")
-    frames.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+# ---- Following a training --------------------------------------------------------------------------------------------
 
 
-def main():
-    parser = Parser(__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="run directories")
-    parser.add_argument("--name", required=True, help="file name of the report, without suffix")
+def glance(world, name, flags):
+    """(errors, frames of the GIF) of a run's checkpoint."""
+    space, found = record(world, name, flags, np.random.default_rng(flags.seed))
+    errors, shown = Errors(found, flags.context, flags.horizon), []
+    for episode, start, dream in look(world, found, errors, flags.dreams, name):
+        shown = keep(shown, episode, start, dream, flags.context)
+    return errors.means(), gif_frames(space, shown, flags.context, flags.horizon)
+
+
+def log(writer, run, step, errors, frames):
+    """Errors and GIF into TensorBoard; the GIF also into RUN/videos."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    for name, value in errors.items():
+        writer.add_scalar(f"eval/{name}", value, step)
+    (run / "videos").mkdir(exist_ok=True)
+    save_gif(frames, path := run / "videos" / f"open_loop-{step}.gif")
+    height, width, _ = frames[0].shape
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+    # NOTE: add_video would encode anew, and needs a fitting moviepy.
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="eval/open_loop", image=image)]), step)
+    writer.flush()
+
+
+def version(path):
+    """What changes when a file is replaced; None while there is none."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return stat.st_mtime_ns, stat.st_ino
+
+
+def watch(run, flags):
+    """Measure each new checkpoint of a run until its training is done."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    script = common.load_script(read_json(run / "args.json")["script"], str(run))
+    if not hasattr(script, "load"):
+        fail(f"--watch: {script.__name__}.py draws its own dreams while it trains, see {run}/videos")
+    print(f"{run.name}: waiting for checkpoints until the training is done; Ctrl-C ends this", flush=True)
+    seen = last = writer = None
+    failures = 0
+    try:
+        while True:
+            new, began, said = version(run / "ckpt.pt"), time.monotonic(), io.StringIO()
+            if new in (None, seen):
+                # A result that is older than the checkpoint is from before the run was resumed.
+                if (result := version(run / "result.json")) and (new is None or result[0] >= new[0]):
+                    break
+                time.sleep(PAUSE)
+                continue
+            try:
+                with contextlib.redirect_stderr(said):
+                    world = Seam(*load_run(run, device_of(flags)))
+            except (Exception, SystemExit):  # it is being replaced at this very moment
+                failures += 1
+                if failures == TRIES:
+                    print(said.getvalue(), end="", file=sys.stderr)
+                    raise
+                time.sleep(PAUSE)
+                continue
+            seen, failures = new, 0
+            if world.steps != last:
+                world.agent.seed(flags.seed)
+                errors, frames = glance(world, run.name, flags)
+                writer = writer or SummaryWriter(str(run), filename_suffix=SUFFIX)
+                log(writer, run, last := world.steps, errors, frames)
+                words = [f"global_step={last}", *(f"{k}={v:.3g}" for k, v in errors.items())]
+                print(", ".join(words) + f" ({time.monotonic() - began:.1f} s)", flush=True)
+    except KeyboardInterrupt:
+        print()
+    finally:
+        if writer:
+            writer.close()
+            print(f"wrote the dreams into {run}/videos and its TensorBoard")
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = common.Parser(__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--name", help="file name of the report, without suffix (default: one in each run)")
+    parser.add_argument("--watch", action="store_true", help="follow a running training instead of writing a report")
     parser.add_argument("--policy", choices=["agent", "random"], default="agent", help="who acts in the real episodes")
-    parser.add_argument("--windows", type=at_least(1), default=20, help="real windows per run (default: 20)")
-    parser.add_argument("--dreams", type=at_least(1), default=39, help="dreams per window (default: 39)")
-    parser.add_argument("--horizon", type=at_least(1), default=50, help="steps of a dream (default: 50)")
+    parser.add_argument("--windows", type=at_least(1), help="real windows per run (default: 20, with --watch 4)")
+    parser.add_argument("--dreams", type=at_least(1), help="dreams per window (default: 39, with --watch 4)")
+    parser.add_argument("--horizon", type=at_least(1), help="steps of a dream (default: 50, with --watch 32)")
     parser.add_argument("--context", type=at_least(1), default=16, help="least steps seen before it (default: 16)")
     tolerance = "values this close are tied, in units of the range (default: 0.02)"
     parser.add_argument("--tolerance", type=at_least(0, float), default=0.02, help=tolerance)
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the real episodes and the dreams")
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads (default: 1)")
     parser.add_argument("--no-cuda", action="store_true", help="do not use the GPU")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where to write (default: benchmarks/results)")
-    flags = parser.parse_args()
-    if Path(flags.name).name != flags.name:
-        fail(f"--name must be a file name, got {flags.name!r}")
+    where = "where to write (default: benchmarks/results)"
+    parser.add_argument("--results", type=Path, default=common.RESULTS, help=where)
+    flags = parser.parse_args(argv)
+    for key, usual, brief in (("windows", 20, 4), ("dreams", 39, 4), ("horizon", 50, 32)):
+        if getattr(flags, key) is None:
+            setattr(flags, key, brief if flags.watch else usual)
     for run in flags.runs:
         if not (run / "args.json").is_file():
             fail(f"{run} is not a run directory: no args.json")
-        if not any((run / name).is_file() for name in ("ckpt.pt", "ckpt.prev.pt")):
+        if not flags.watch and not any((run / name).is_file() for name in ("ckpt.pt", "ckpt.prev.pt")):
             fail(f"{run} has no checkpoint")
+    if flags.watch:
+        if len(flags.runs) > 1:
+            fail(f"--watch follows one run, got {len(flags.runs)}")
+        return watch(flags.runs[0].resolve(), flags)
+    if flags.name is not None and (not flags.name or Path(flags.name).name != flags.name):
+        fail(f"--name must be a file name, got {flags.name!r}")
     if flags.dreams < 3:
         fail(f"--dreams must be at least 3 for a 50 % interval (9 for 80 %, 39 for 95 %), got {flags.dreams}")
-    found = [measure(run.resolve(), flags) for run in flags.runs]
-    flags.results.mkdir(parents=True, exist_ok=True)
-    place = flags.results / flags.name
-    rows = [dict(run=m["run"], name=m["name"]) | row for m in found for row in m["rows"]]
-    with open(f"{place}.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    Path(f"{place}.md").write_text(document(flags.name, found, flags), encoding="utf-8")
-    picture(found, f"{place}.png")
-    print(f"wrote {os.path.relpath(place)}.md, .csv and .png")
+    if flags.name:
+        dreams_report.write([measure(run.resolve(), flags) for run in flags.runs], flags, flags.results, flags.name)
+    else:
+        for run in flags.runs:
+            dreams_report.write([measure(run.resolve(), flags)], flags, run, "dreams")
 
 
 if __name__ == "__main__":
-    main()
+    common.run_tool(main)

@@ -3,7 +3,8 @@
 Every finished run below the folders goes in; the others are listed with the reason why they do not count. Writes into
 benchmarks/results: NAME.json and NAME.csv (one row per run), NAME.md (scores with intervals beside published ones, all
 tasks together, cost), NAME.png (learning curves) and NAME.gif (the last dream of the first run). Then the README's
-result table is made anew from all reports there; without folders only that is done.
+result table, and in docs/ beside it the rows that concern a script, are made anew from all reports there; without
+folders only that is done.
 
 Numbers: "interval" is the 95 % interval of the stratified bootstrap (runs are drawn again within each task). IQM is
 the mean of the middle half of all runs of all tasks (Agarwal et al., 2021). Normalised scores are 0 for a random policy
@@ -21,6 +22,7 @@ from common import RESULTS, ROOT, Parser, fail, find_runs, read_json, read_resul
 
 PUBLISHED = ROOT / "benchmarks" / "published"
 DREAMS = {"open_loop_mse": "dream", "copy_last_mse": "copy of the last frame", "mean_frame_mse": "mean frame"}
+DREAMED = ".dreams"  # of the event file of dreams.py --watch, which runs beside the training
 BLANK = "-"
 
 # ---- Statistics ------------------------------------------------------------------------------------------------------
@@ -113,6 +115,8 @@ class Curves:
         self.events.Reload()
         self.tags, self.hours = set(self.events.Tags()["scalars"]), 0.0
         for path in Path(run).glob("events.out.tfevents.*"):  # one per start: a resumed run has several
+            if path.suffix == DREAMED:
+                continue
             times = [event.wall_time for event in EventFileLoader(str(path)).Load()]
             self.hours += (max(times) - min(times)) / 3600 if times else 0.0
 
@@ -138,7 +142,10 @@ def read_run(run, result, curves):
     row |= {k: v for k, v in result.items() if k not in ("returns", "run")}
     row |= {tag: float(v[-1]) for tag in DREAMS if len(v := curves(f"eval/{tag}")[1])}
     paces = curves("charts/updates_per_s")[1]
-    row["updates_per_s"] = round(float(np.median(paces[paces > 0])), 4) if (paces > 0).any() else None
+    pace = np.median(paces[paces > 0]) if (paces > 0).any() else 0
+    if not pace and result.get("updates") and result.get("minutes"):
+        pace = result["updates"] / (60 * result["minutes"])
+    row["updates_per_s"] = round(float(pace), 4) or None
     row["hours"] = round(curves.hours, 4)
     row["peak_memory_gb"] = result.get("peak_memory_gb") or job.get("peak_rss_gb")
     return row
@@ -302,8 +309,17 @@ def document(name, tasks, published, skipped, pictures):
     return "\n\n".join(parts) + "\n"
 
 
-def readme_table(results):
-    """All reports: one line per task and command."""
+def concerns(page, agent):
+    """Whether runs of an agent stand on a script's page (None: on the README): its own, and baselines beside it."""
+    name, _, flags = agent.partition(" ")
+    if name == "benchmarks/sb3":
+        words = flags.split()
+        name = words[words.index("--script") + 1] if "--script" in words else "dreamerv3"
+    return page in (None, name)
+
+
+def readme_table(results, page=None):
+    """All reports, or those that concern a script: one line per task and command."""
     head = ["task", "return per seed", "95 % interval of the mean", "random", "agent steps", "updates"]
     head += ["minutes per run", "hardware", "commit", "command"]
     lines = []
@@ -313,6 +329,8 @@ def readme_table(results):
             fail(f"{path} is damaged")
         for task, agents in group(rows).items():
             for agent, runs in agents.items():
+                if not concerns(page, agent):
+                    continue
                 scores, one = [r["episodic_return"] for r in runs], runs[0]
                 minutes = [60 * r["hours"] if r.get("hours") else r["minutes"] for r in runs]
                 cells = [task, ", ".join(number(s) for s in scores), span(interval([scores], STATISTICS["mean"]))]
@@ -485,6 +503,10 @@ def main():
         for run, problem in skipped:
             print(f"not counted: {run}: {problem}", file=sys.stderr)
     flags.readme.write_text(swap_block(text, "results", readme_table(flags.results)), encoding="utf-8")
+    for page in sorted((flags.readme.parent / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if "<!-- results -->" in text:
+            page.write_text(swap_block(text, "results", readme_table(flags.results, page.stem)), encoding="utf-8")
 
 
 if __name__ == "__main__":

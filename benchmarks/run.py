@@ -78,15 +78,15 @@ class Job:
         return next((r for r in self.runs() if (r / "ckpt.pt").exists() or (r / "ckpt.prev.pt").exists()), None)
 
     def holder(self):
-        """Process that writes to one of its run directories, or None."""
+        """Process of its training, or None: it holds the lock that it inherited (see Child), or its run's own."""
         try:
             import fcntl
         except ImportError:  # not on Windows
             return None
-        for run in self.runs():
-            if not (run / "lock").exists():
+        for path in (self.folder / "lock", *(run / "lock" for run in self.runs())):
+            if not path.exists():
                 continue
-            with open(run / "lock", "r+") as f:
+            with open(path, "r+") as f:
                 try:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
@@ -125,7 +125,7 @@ class Job:
         return next((line.strip() for line in reversed(lines) if line.strip(" │╰╯─╭╮")), "")
 
     def progress(self):
-        found = re.search(r"global_step=(\d+)(?:, episodic_return=([^,\s]+))?", self.last_line())
+        found = re.search(r"global_step=(\d+)(?:, episodic_return=([^,\s]*\d))?", self.last_line())
         return (f"{int(found[1]):,}", found[2] or "") if found else ("", "")
 
 
@@ -297,14 +297,15 @@ class Child:
         env["PYTHONUNBUFFERED"] = "1"
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        with open(job.log, "a") as log:
+        with open(job.log, "a") as log, lock_of(job.folder) as lock:
             log.write(f"$ {shlex.join(words)}\n")
             log.flush()
             # A session of its own: Ctrl-C must reach it once, through this program, since a second signal kills it.
             self.process = subprocess.Popen(
                 words, cwd=job.folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=before_exec,
+                start_new_session=True, preexec_fn=before_exec, pass_fds=[lock.fileno()],
             )  # fmt: skip
+            lock.write(str(self.process.pid))
         self.began, self.told, self.reason, self.code, self.rss = time.time(), None, None, None, 0.0
 
     def poll(self):
@@ -536,19 +537,25 @@ def summary(jobs):
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
 
-def lock_folder(folder):
-    """Only one of this program works on a folder; the handle must live."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
+def lock_of(folder):
+    """A folder's file "lock", empty, and locked for as long as a process has this handle open."""
     handle = open(folder / "lock", "a+")
     try:
+        import fcntl
+
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # on Windows
+        pass
     except OSError:
         handle.seek(0)
         fail(f"--folder {folder} is in use by process {handle.read().strip()}")
     handle.truncate(0)
+    return handle
+
+
+def lock_folder(folder):
+    """Only one of this program works on a folder; the handle must live."""
+    handle = lock_of(folder)
     handle.write(str(os.getpid()))
     handle.flush()
     return handle

@@ -11,33 +11,35 @@ get two 3x3 convolutions. PPO ends with the update in which it reaches its agent
 scripts' comes out, so that the runner and the report take it as one more agent.
 """
 
-import importlib
+import dataclasses
 import json
 import os
+import platform
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, Parser, at_least, fail, read_json, read_result
+from common import ROOT, Parser, at_least, fail, load_script, random_policy, read_json, read_result, seeds, write_json
 
 ENVIRONMENTS = {"ppo": 8, "dqn": 1}
 
 
-def load_script(name):
-    if not (ROOT / f"{name}.py").is_file():
-        fail(f"--script {name}: there is no {name}.py")
-    sys.path.insert(0, str(ROOT))
-    return importlib.import_module(name)
-
-
-def single(env):
-    """Its only observation by itself instead of a Dict with one entry."""
+def make_env(script, args, index, key=0):
+    """(environment, seed of its first episode): number `index` of the script's, key 0 for training, 1 for the
+    evaluation, 2 for the random baseline."""
     import gymnasium as gym
 
-    if list(env.observation_space) != ["observation"]:
-        return env
-    return gym.wrappers.TransformObservation(env, lambda o: o["observation"], env.observation_space["observation"])
+    (seed,) = seeds(args.seed, key, index, 0, n=1)  # as the scripts' episode_seed
+    if hasattr(script, "load"):
+        return script.make_env(args, seed), seed
+    env = script.make_env(args, index, key)()  # seeds its episodes itself
+    if list(env.observation_space) == ["observation"]:
+        space = env.observation_space["observation"]
+        env = gym.wrappers.TransformObservation(env, lambda o: o["observation"], space)
+    return env, seed
 
 
 def policy_of(space):
@@ -73,8 +75,8 @@ def play(script, args, act, key, stop):
     """Returns of one episode in each of --eval-episodes fresh environments, the same as the script's."""
     returns = []
     for i in range(args.eval_episodes):
-        env, total = single(script.make_env(args, i, key)()), 0.0
-        obs, _ = env.reset()
+        (env, seed), total = make_env(script, args, i, key), 0.0
+        obs, _ = env.reset(seed=seed)
         for _ in range(args.max_episode_steps or 27_000):
             obs, reward, terminated, truncated, _ = env.step(act(obs))
             total += float(reward)
@@ -91,7 +93,7 @@ def build(algo, script, args, run):
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     def maker(index):
-        return lambda: single(script.make_env(args, index)())
+        return lambda: make_env(script, args, index)[0]
 
     try:
         envs = DummyVecEnv([maker(i) for i in range(ENVIRONMENTS[algo])])
@@ -123,7 +125,29 @@ def save(model, algo, run):
     os.replace(os.path.join(run, "ckpt.pt.tmp"), os.path.join(run, "ckpt.pt"))
 
 
-def make_callback(args, algo, run, logger, stop, script):
+def start_run(args, device, resume):
+    """Run directory, new or resumed, with args.json; what the report reads of it is as the scripts write it."""
+    import gymnasium as gym
+    import stable_baselines3
+    import torch
+
+    name = f"{re.sub(r'[^A-Za-z0-9._-]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{time.time():.0f}"
+    run = resume or os.path.join("runs", name)
+    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    cpu = subprocess.run(["grep", "-m1", "model name", "/proc/cpuinfo"], capture_output=True, text=True).stdout
+    hardware = f"{cpu.split(':')[-1].strip() or platform.machine()}, {torch.get_num_threads()} threads"
+    info = dict(script="sb3", command=sys.argv, commit=git.stdout.strip() or "unknown")
+    info["hardware"] = torch.cuda.get_device_name() if device.type == "cuda" else hardware
+    info["versions"] = {m.__name__: m.__version__ for m in (torch, gym, np, stable_baselines3)}
+    try:
+        os.makedirs(run, exist_ok=bool(resume))
+        write_json(info | {"args": dataclasses.asdict(args) | {"resume": None}}, os.path.join(run, "args.json"))
+    except OSError as e:
+        fail(f"cannot write {run}: {e}")
+    return run
+
+
+def make_callback(args, algo, run, writer, stop):
     from stable_baselines3.common.callbacks import BaseCallback
 
     class Watch(BaseCallback):
@@ -133,25 +157,27 @@ def make_callback(args, algo, run, logger, stop, script):
             self.mark = time.time(), self.num_timesteps, self.model._n_updates
             self.recent = []
 
+        def passed(self, every):
+            return self.num_timesteps // every > (self.num_timesteps - self.training_env.num_envs) // every
+
         def _on_step(self):
             for info in self.locals["infos"]:
                 if "episode" in info:
                     self.recent.append(float(np.squeeze(info["episode"]["r"])))
-                    tags = {"charts/episodic_return": self.recent[-1]}
-                    logger.scalars(
-                        tags | {"charts/episodic_length": int(np.squeeze(info["episode"]["l"]))}, self.num_timesteps
-                    )
-            stride = self.training_env.num_envs
-            if script.passed(args.log_every, self.num_timesteps, stride):
+                    length = int(np.squeeze(info["episode"]["l"]))
+                    writer.add_scalar("charts/episodic_return", self.recent[-1], self.num_timesteps)
+                    writer.add_scalar("charts/episodic_length", length, self.num_timesteps)
+            if self.passed(args.log_every):
                 now = time.time(), self.num_timesteps, self.model._n_updates
                 seconds, steps, updates = (a - b for a, b in zip(now, self.mark))
                 self.mark, seconds = now, max(seconds, 1e-9)
-                tags = {"charts/SPS": steps / seconds, "charts/updates_per_s": updates / seconds}
-                logger.scalars(tags | {"charts/updates": now[2]}, self.num_timesteps)
+                tags = {"SPS": steps / seconds, "updates_per_s": updates / seconds, "updates": now[2]}
+                for tag, value in tags.items():
+                    writer.add_scalar(f"charts/{tag}", value, self.num_timesteps)
                 shown = f"{np.mean(self.recent[-10:]):.1f}" if self.recent else "none yet"
-                pace = f"updates={now[2]}, SPS={tags['charts/SPS']:.0f}"
-                script.say(f"global_step={self.num_timesteps}, episodic_return={shown}, {pace}")
-            if script.passed(args.save_every, self.num_timesteps, stride):
+                pace = f"updates={now[2]}, SPS={tags['SPS']:.0f}"
+                print(f"global_step={self.num_timesteps}, episodic_return={shown}, {pace}", flush=True)
+            if self.passed(args.save_every):
                 save(self.model, algo, run)
             return not stop.signum
 
@@ -159,46 +185,44 @@ def make_callback(args, algo, run, logger, stop, script):
 
 
 def train(flags, script, args):
+    """The final metrics; exits with code 1 if they miss the target, 128+n after a stop signal."""
     import torch
+    from torch.utils.tensorboard import SummaryWriter
 
     algo, began = flags.algo, time.time()
-    run = flags.resume
-    if run:
-        lock = script.lock_run(run)
-        if read_result(run)[0]:
-            return print("nothing to do: the run has its result")
+    if flags.resume and read_result(flags.resume)[0]:
+        return print("nothing to do: the run has its result")
     script.seed_everything(args, torch.device("cpu"))
     torch.use_deterministic_algorithms(False)  # the library's operations do not all have a deterministic form
-    model = build(algo, script, args, run)
-    if not run:
-        run = script.new_run_dir(args)
-        lock = script.lock_run(run)  # noqa: F841 (held until the process ends)
-    device = model.device
-    script.write_run_info(run, args, __file__, device)
-    logger = script.Logger(run, args, purge_step=model.num_timesteps + 1 if flags.resume else None)
+    model = build(algo, script, args, flags.resume)
+    run = start_run(args, model.device, flags.resume)
+    writer = SummaryWriter(run, purge_step=model.num_timesteps + 1 if flags.resume else None)
     stop = script.StopSignal()
     print(f"run: {run}\nparameters: {sum(p.numel() for p in model.policy.parameters()):,}", flush=True)
-    random_policy = script.random_policy(model.action_space, args.seed)
-    first = np.ones(1, bool)
-    random_returns = play(script, args, lambda obs: random_policy(obs, first, None)[0][0], 2, stop)
-    callback = make_callback(args, algo, run, logger, stop, script)
+    chance = random_policy(model.action_space, args.seed)
+    random_returns = play(script, args, lambda obs: chance(obs, None, [True])[0][0], 2, stop)
     left = args.total_timesteps - model.num_timesteps
     if left > 0 and not stop.signum:
+        callback = make_callback(args, algo, run, writer, stop)
         model.learn(left, callback=callback, reset_num_timesteps=False)
         save(model, algo, run)
     returns = play(script, args, lambda obs: model.predict(obs, deterministic=algo == "dqn")[0], 1, stop)
     if stop.signum:
-        logger.close()
+        writer.close()
         print(f"stopped by signal {stop.signum} at step {model.num_timesteps}", flush=True)
         raise SystemExit(128 + stop.signum)
-    score, std = float(np.mean(returns)), float(np.std(returns))
-    logger.scalars({"eval/episodic_return": score, "eval/episodic_return_std": std}, model.num_timesteps)
-    logger.close()
-    result = dict(episodic_return=score, episodic_return_std=std, returns=returns)
-    result |= dict(random_return=float(np.mean(random_returns)), global_step=model.num_timesteps)
-    result |= dict(updates=model._n_updates, minutes=(time.time() - began) / 60, run=run)
-    script.write_json(result, os.path.join(run, "result.json"))
-    script.finish(args, score, result["random_return"])
+    score, std, chance = float(np.mean(returns)), float(np.std(returns)), float(np.mean(random_returns))
+    writer.add_scalar("eval/episodic_return", score, model.num_timesteps)
+    writer.add_scalar("eval/episodic_return_std", std, model.num_timesteps)
+    writer.close()
+    result = dict(episodic_return=score, episodic_return_std=std, returns=returns, random_return=chance)
+    result |= dict(global_step=model.num_timesteps, updates=model._n_updates, minutes=(time.time() - began) / 60)
+    write_json(result | {"run": run}, os.path.join(run, "result.json"))
+    target = args.target_return
+    verdict = "" if target is None else f", target {target:g}: {'reached' if score >= target else 'missed'}"
+    print(f"episodic_return {score:.1f} +- {std:.1f} over {len(returns)} episodes (random {chance:.1f}{verdict})")
+    if target is not None and not score >= target:
+        raise SystemExit(1)
 
 
 def main():
@@ -237,8 +261,8 @@ def main():
         fail(f"--total-timesteps is needed: {flags.script}.py computes its own")
     try:
         json.loads(args.env_kwargs)
-        probe = script.make_env(args, 0)()
-        probe.reset()
+        probe, seed = make_env(script, args, 0)
+        probe.reset(seed=seed)
         probe.close()
     except Exception as e:
         fail(f"--env-id {args.env_id}: {' '.join(str(e).split())}")

@@ -3,6 +3,7 @@
     python benchmarks/speed.py dreamerv3:size=1m planet_cem --kinds vector image
     python benchmarks/speed.py muzero:preset=atari100k iris diamond genie_lam --kinds image
     python benchmarks/speed.py dreamerv3:size=200m --modes eager compiled --precisions fp32 bf16 --name speed-gpu
+    python benchmarks/speed.py dreamerv3:size=1m --vs /elsewhere/dreamerv3.py
 
 A configuration is SCRIPT[:flag=value,...]; `preset=NAME` is a flag too. Each line of the table is measured in a
 process of its own. One update is all that the learner's `update` does: losses, one backward, clipping, optimizer;
@@ -19,10 +20,15 @@ Columns:
   * error: largest relative difference of a loss from the eager float32 process, after the first update and after the
     last one before timing. All start from the same weights, data and random numbers; a sampled latent that falls to
     the other side of a threshold makes it larger than rounding alone.
+
+--vs compares updates of a configuration with those of another file of the same script, for example of an older commit
+(git show COMMIT:dreamerv3.py > OLD.py): both live in one process and take turns, so that a busy machine slows down
+both; allocator and thread settings are the same for both. The ratio is the median of the pairs' ratios.
 """
 
 import csv
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -355,10 +361,13 @@ def spaces_of(kind, size, discrete):
     return obs, gym.spaces.Discrete(6) if discrete else box
 
 
-def make_policy(script, model, device, args):
-    """The script's policy; some take their flags as a third argument."""
+def make_policy(script, model, device, args, obs_space):
+    """The script's policy: obs, first, state -> actions, state. Some take their flags as a third argument."""
     import inspect
 
+    if hasattr(script, "Agent"):
+        agent = script.Agent(model, args, obs_space, device)
+        return lambda obs, first, state: agent.act(obs, state, first)
     if hasattr(script, "Imagination"):
         return imagined_frames(script, model, device, args)
     extra = [args] if "args" in inspect.signature(script.agent_policy).parameters else []
@@ -371,6 +380,37 @@ def losses_of(output):
     return {k: float(v) for k, v in metrics.items() if not k.startswith("learning_rate")}
 
 
+def build(script, order):
+    """(args, observation space, model, learner, batch, compile) of a line of the table."""
+    import torch
+
+    parts, discrete = SCRIPTS[order["script"]]
+    device, threads = torch.device(order["device"]), order["threads"]
+    more = dict(bf16=order["precision"] == "bf16", compile=order["mode"] == "compiled", num_threads=threads)
+    args = make_args(script, order["given"], **more)
+    script.seed_everything(args, device)
+    torch.set_num_threads(threads)
+    obs_space, action_space = spaces_of(order["kind"], args.image_size, order["kind"] in discrete)
+    return args, obs_space, *parts(script, args, obs_space, action_space, device)
+
+
+def versus(order):
+    """CPU seconds per update of a script and of the file order["vs"], in turns: medians, and that of the ratios."""
+    spec = importlib.util.spec_from_file_location("the_other_file", order["vs"])
+    other = sys.modules["the_other_file"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    times, learners = [], [build(s, order)[3:5] for s in (importlib.import_module(order["script"]), other)]
+    end = time.perf_counter() + order["seconds"]
+    while len(times) < WARM_UP + 5 or time.perf_counter() < end:
+        marks = [time.process_time()]
+        for learner, batch in learners:
+            learner.update(batch)
+            marks.append(time.process_time())
+        times.append(np.diff(marks))
+    times = np.array(times[WARM_UP:])
+    return dict(seconds=np.median(times, 0).tolist(), ratio=float(np.median(times[:, 0] / times[:, 1])))
+
+
 def one(order):
     """Measure one line; `order` is what `main` writes. Returns a dict of plain numbers."""
     import resource
@@ -379,23 +419,19 @@ def one(order):
 
     sys.path.insert(0, str(ROOT))
     device = torch.device("cuda" if order["device"] == "cuda" else "cpu")
-    threads, precision = order["threads"], order["precision"]
+    threads, precision, compiled = order["threads"], order["precision"], order.get("mode") == "compiled"
     torch.set_num_threads(threads)
     if order["script"] is None:
         torch.set_float32_matmul_precision("high")  # as the scripts do
         return dict(rate=matrix_rate(device, precision, threads))
-    name, given = order["script"], order["given"]
-    script = importlib.import_module(name)
-    parts, discrete = SCRIPTS[name]
-    compiled = order["mode"] == "compiled"
-    args = make_args(script, given, bf16=precision == "bf16", compile=compiled, num_threads=threads)
-    script.seed_everything(args, device)
-    obs_space, action_space = spaces_of(order["kind"], args.image_size, order["kind"] in discrete)
-    model, learner, batch, compile_ = parts(script, args, obs_space, action_space, device)
+    if order.get("vs"):
+        return versus(order)
+    script = importlib.import_module(order["script"])
+    args, obs_space, model, learner, batch, compile_ = build(script, order)
     out = dict(parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
     batch_size = getattr(args, "batch_size", None) or args.vae_batch_size
     out["samples"] = batch_size * getattr(args, "batch_length", getattr(args, "seq_len", 1))
-    policy, num_envs = make_policy(script, model, device, args), order["num_envs"] or args.num_envs
+    policy, num_envs = make_policy(script, model, device, args, obs_space), order["num_envs"] or args.num_envs
     if compiled:
         import torch._inductor.config
 
@@ -538,6 +574,21 @@ def run_all(orders, timeout):
     return rows_of(orders, results, rates), rates
 
 
+def compare(orders, timeout):
+    """Print CPU milliseconds per update of both files and their ratio; the exit code."""
+    print("| script | observations | ms per update | of --vs | ratio |\n|---|---|---|---|---|", flush=True)
+    problems = []
+    for order in orders:
+        found, problem = measure(order, timeout)
+        problems += [problem] if problem else []
+        cells = (
+            [f"{1e3 * x:.2f}" for x in found["seconds"]] + [f"{found['ratio']:.3f}"] if found else [problem, "-", "-"]
+        )
+        print("| " + " | ".join([order["config"], order["kind"], *cells]) + " |", flush=True)
+    print("\n" + hardware("cpu", 1) + ", CPU time")
+    return 1 if problems else 0
+
+
 def hardware(device, threads):
     import platform
 
@@ -565,6 +616,9 @@ def main():
     parser.add_argument("--timeout", type=at_least(1.0, float), default=900.0, help="seconds per line (default: 900)")
     parser.add_argument("--name", help="also write NAME.md and NAME.csv")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to write (default: benchmarks/results)")
+    parser.add_argument(
+        "--vs", type=Path, metavar="FILE", help="compare with this file of the script, on one CPU thread"
+    )
     parser.add_argument("--one", help="measure one line, given as JSON (used by this program)")
     flags = parser.parse_args()
     if flags.one:
@@ -575,7 +629,7 @@ def main():
         fail(f"--name must be a file name, got {flags.name!r}")
     import torch
 
-    device = "cuda" if torch.cuda.is_available() and not flags.no_cuda else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not (flags.no_cuda or flags.vs) else "cpu"
     flags.precisions = flags.precisions or (["fp32", "bf16"] if device == "cuda" else ["fp32"])
     if device == "cpu" and "bf16" in flags.precisions:
         fail("--precisions bf16: the scripts compute in float32 on a CPU")
@@ -583,6 +637,12 @@ def main():
     for text in flags.configs:  # wrong flags are found before anything is measured
         name, given = split_config(text)
         make_args(importlib.import_module(name), given)
+    if flags.vs:
+        if not flags.vs.is_file():
+            fail(f"--vs {flags.vs}: no such file")
+        flags.modes, flags.threads = ["eager"], 1
+        orders = [o | dict(vs=str(flags.vs.resolve())) for o in plan(flags, device)]
+        raise SystemExit(compare(orders, flags.timeout))
     rows, rates = run_all(plan(flags, device), flags.timeout)
     rate = ", ".join(f"{v / 1e12:.3g} TFLOP/s in {k}" for k, v in rates.items() if v)
     note = f"{hardware(device, flags.threads)}; large matrix products: {rate}."

@@ -179,7 +179,10 @@ def test_reward_events():
     assert dreams.reward_event([1.0, 1.0]) is None
     dense = dreams.reward_event(np.linspace(0, 1, 101))
     assert dense(np.array([0.4, 0.6])).tolist() == [False, True]
-    assert dreams.precision_recall(3, 4, 6) == (0.75, 0.5) and dreams.precision_recall(0, 0, 2) == (None, 0)
+    assert dreams.precision_recall([1, 2], [4], [6]) == (0.75, 0.5) and dreams.precision_recall([], [0], [2]) == (
+        None,
+        0,
+    )
 
 
 def test_differences_between_losses():
@@ -297,6 +300,29 @@ def test_a_run_held_by_another_process_is_waited_for(home):
     done = runner()
     assert other.wait(timeout=10) == 0 and done.returncode == 0, done.stdout
     assert len(list(home.glob("out/*/runs/*"))) == 1 and not job.log.exists()
+
+
+def test_a_training_holds_its_job(home):
+    """Also one that knows nothing of locks: it inherits the job's, so a second start of the runner leaves it alone."""
+    job = run.Job(home / "out", ["python", "toy.py", "--steps", "1000"], "toy.py", "CartPole-v1", 1)
+    job.folder.mkdir(parents=True)
+    assert job.holder() is None
+    child = run.Child(job, None, 1, 1)
+    while not (found := list(home.glob("out/*/runs/*/lock"))):
+        time.sleep(0.02)
+    found[0].unlink()
+    assert job.holder() == str(child.process.pid)
+    child.kill()
+    child.process.wait(timeout=10)
+    assert job.holder() is None
+
+
+def test_progress_is_read_from_the_log(home):
+    job = run.Job(home / "out", ["python", "toy.py"], "toy.py", "CartPole-v1", 1)
+    job.folder.mkdir(parents=True)
+    for said, shown in (("-9.5 (3 episodes)", "-9.5"), ("no episode ended since the last line", ""), ("12", "12")):
+        job.log.write_text(f"x\nglobal_step=1200, episodic_return={said}, updates=3, SPS=1\n")
+        assert job.progress() == ("1,200", shown)
 
 
 def test_one_runner_per_folder(home):
@@ -430,6 +456,8 @@ def trained(home):
         for tag in ("open_loop_mse", "copy_last_mse", "mean_frame_mse"):
             writer.add_scalar(f"eval/{tag}", 0.1 * seed, 50)
         writer.close()
+        with SummaryWriter(str(path), filename_suffix=".dreams") as dreamed:  # of a tool beside the training
+            dreamed.add_scalar("eval/one_step_mse", 0.1, 50, walltime=time.time() + 9_000)
         if score:
             result = dict(episodic_return=score, random_return=1.0, global_step=100, updates=50, minutes=2.0, run="x")
             (path / "result.json").write_text(json.dumps(result))
@@ -447,6 +475,7 @@ def test_report(trained):
     rows = list(csv.DictReader(open("res/rep.csv")))
     assert [float(r["episodic_return"]) for r in rows] == [10, 20, 60]
     assert {r["agent"] for r in rows} == {"toy --preset cpu"}  # also of the resumed one
+    assert all(float(r["hours"]) < 1 for r in rows)
     assert {r["updates_per_s"] for r in rows} == {"2.0"} and {r["peak_memory_gb"] for r in rows} == {"0.5"}
     text = Path("res/rep.md").read_text()
     low, high = report.interval([[10.0, 20.0, 60.0]], report.STATISTICS["mean"])
@@ -545,7 +574,7 @@ DreamEnv = Latent
 @pytest.fixture
 def world(home, monkeypatch):
     (home / "world_toy.py").write_text(WORLD)
-    monkeypatch.setattr(dreams, "ROOT", home)
+    monkeypatch.setattr(common, "ROOT", home)
     for name in ("exact", "blurred"):
         (home / name).mkdir()
         info = dict(script="world_toy", args=dict(env_id="World-v0", seed=1, unknown=3))
@@ -559,11 +588,7 @@ def world(home, monkeypatch):
 def dream_about(*runs, **more):
     argv = [*runs, "--name", "d", "--results", "res", "--policy", "random", "--windows", "6", "--context", "1"]
     argv += [x for k, v in more.items() for x in (f"--{k}", str(v))]
-    old, sys.argv = sys.argv, ["dreams.py", *argv]
-    try:
-        dreams.main()
-    finally:
-        sys.argv = old
+    dreams.main(argv)
     rows = list(csv.DictReader(open("res/d.csv")))
     return {name: [r for r in rows if r["run"] == name] for name in runs}
 
@@ -611,17 +636,178 @@ def test_wrong_input_of_the_dreams(world, capsys):
     ):
         with pytest.raises(SystemExit) as stopped:
             policy = [] if "--policy" in argv else ["--policy", "random"]
-            sys.argv, old = ["dreams.py", *argv, *policy, "--name", "d", "--results", "res"], sys.argv
-            try:
-                dreams.main()
-            finally:
-                sys.argv = old
+            dreams.main([*argv, *policy, "--name", "d", "--results", "res"])
         err = capsys.readouterr().err
         assert stopped.value.code == 2 and named in err and len(err.splitlines()) == 1, err
     assert not Path("res").exists()
 
 
+@pytest.fixture
+def counter(home, monkeypatch):
+    """A run of tests/fake_world.py, whose dream is exactly its environment."""
+    monkeypatch.setattr(common, "ROOT", ROOT / "tests")
+
+    def make(name="a", **env_kwargs):
+        os.makedirs(name)
+        info = dict(script="fake_world", args=dict(env_kwargs=json.dumps(env_kwargs)))
+        Path(name, "args.json").write_text(json.dumps(info))
+        Path(name, "ckpt.pt").write_text("")
+        return name
+
+    return make
+
+
+@pytest.mark.parametrize("obs", ["vector", "image", "dict"])
+def test_dreams_of_a_perfect_agent(counter, monkeypatch, obs):
+    import fake_world
+
+    sizes, imagine = set(), fake_world.Agent.imagine
+    monkeypatch.setattr(fake_world.Agent, "imagine", lambda self, s, a: (sizes.add(len(s[0])), imagine(self, s, a))[1])
+    name = counter(obs=obs, length=23)
+    flags = "--windows 30 --horizon 12 --context 4".split()
+    dreams.main([name, "--name", "d", "--results", "res", *flags])
+    assert sizes == {39, 1}  # all dreams of a window at once; one row ahead
+    rows = list(csv.DictReader(open("res/d.csv")))
+    for row in rows:
+        assert all(float(row[k]) == 0 for k in ("open_loop_mse", "one_step_mse", "posterior_mse", "reward_mae"))
+        assert float(row["psnr"]) == 100 and float(row["mean_frame_mse"]) > 0
+    far, near = ([float(r[k]) for r in rows] for k in ("copy_last_mse", "copy_previous_mse"))
+    assert far == sorted(far) and far[0] > 0 and len(set(near)) == 1
+    counted = [r for r in rows if r["coverage_50%"]]  # in an image, the first steps move by less than the tolerance
+    shares = [np.mean([float(r[f"coverage_{level}%"]) for r in counted]) for level in (50, 80, 95)]
+    assert shares == pytest.approx([0.5, 0.8, 0.95], abs=0.07)
+    ends = [(float(r["end_precision"]), float(r["end_recall"])) for r in rows if int(r["ends"])]
+    assert ends and set(ends) == {(1.0, 1.0)}
+    assert sorted(os.listdir("res")) == ["d-a.gif", "d.csv", "d.md", "d.png"]
+    dreams.main([name, *flags])  # without a name: the same, beside the run
+    assert {"dreams-a.gif", "dreams.csv", "dreams.md", "dreams.png"} < set(os.listdir(name))
+    assert Path(name, "dreams.csv").read_text() == Path("res/d.csv").read_text()
+    text = Path("res/d.md").read_text()
+    assert "![a](d-a.gif)" in text and "| open loop | copy last | one step | copy previous | posterior |" in text
+    from PIL import Image
+
+    with Image.open("res/d-a.gif") as gif:
+        assert gif.n_frames == 4 + 12
+        for t, color in ((0, (0, 180, 0)), (3, (0, 180, 0)), (4, (220, 0, 0)), (15, (220, 0, 0))):
+            gif.seek(t)
+            frame = np.asarray(gif.convert("RGB")).astype(int)
+            height = (frame.shape[0] - 18) // 3  # three pictures above a line of text
+            truth, dream, gap = (frame[i * height + 3 : (i + 1) * height - 3] for i in range(3))
+            assert abs(frame[height + 1, 1] - color).max() < 8 and frame[1, 1].max() < 8
+            assert (truth[:, 3:100] == dream[:, 3:100]).all()
+            assert obs == "vector" or (abs(gap[:, 3:100] - 128) < 8).all()
+
+
+def test_errors_of_known_size(counter, monkeypatch):
+    """Images that are 10 levels too bright when dreamed and 5 when seen, and numbers that are e times too large."""
+    import fake_world
+
+    def brighter(obs, levels):
+        return {"image": obs["image"] + np.uint8(levels), "vector": np.expm1(np.log1p(obs["vector"]) + levels / 100)}
+
+    real = fake_world.Agent.observe, fake_world.Agent.imagine
+
+    def observe(self, obs, actions):
+        state, seen = real[0](self, obs, actions)
+        return state, brighter(seen, 5)
+
+    def imagine(self, state, actions):
+        *rest, obs = real[1](self, state, actions)
+        return *rest, brighter(obs, 10)
+
+    monkeypatch.setattr(fake_world.Agent, "observe", observe)
+    monkeypatch.setattr(fake_world.Agent, "imagine", imagine)
+    agent = fake_world.load(counter(obs="dict", length=60))
+    env, rng = fake_world.make_env(agent.args, seed=3), np.random.default_rng(0)
+    found = dreams.windows(env, agent.act, 5, 6, 20, rng)
+    errors = dreams.open_loop_errors(agent, found, context=6, horizon=20, dreams=2)
+    expected = lambda levels: ((levels / 255) ** 2 + (levels / 100) ** 2) / 2  # noqa: E731
+    assert errors["open_loop_mse"] == pytest.approx(expected(10), rel=1e-3)
+    assert errors["one_step_mse"] == pytest.approx(expected(10), rel=1e-3)
+    assert errors["posterior_mse"] == pytest.approx(expected(5), rel=1e-3)
+    # The trivial predictors, once more by hand.
+    copies, all_rows = [], []
+    for episode, start in found:
+        assert 6 <= start <= 24
+        x = [np.concatenate([o["image"][0, 0] / 255, np.log1p(o["vector"])]) for o in episode["obs"]]
+        copies += [np.mean((x[t] - x[start - 1]) ** 2) for t in range(start, start + 20)]
+        all_rows += x[start - 6 : start + 20]
+    assert errors["copy_last_mse"] == pytest.approx(np.mean(copies), rel=1e-4)
+    assert errors["mean_frame_mse"] == pytest.approx(np.mean((all_rows - np.mean(all_rows, 0)) ** 2), rel=1e-4)
+    assert set(errors) == set(dreams.ERRORS)
+
+
+def test_watching_a_training(counter, monkeypatch, capsys):
+    import fake_world
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    name, load = counter(obs="image", length=30), fake_world.load
+
+    def loaded(run, device):
+        step = int(Path(run, "ckpt.pt").read_text())  # fails while the file is not whole
+        monkeypatch.setattr(fake_world.Agent, "global_step", step)
+        return load(run, device)
+
+    contents = ["", None, "", "100", "100", "", "200"]  # of ckpt.pt, one more each time the watcher waits
+
+    def sleep(seconds):
+        text = contents.pop(0) if contents else None
+        if text is not None:
+            Path("new").write_text(text)
+            os.replace("new", f"{name}/ckpt.pt")
+        if not contents:
+            Path(name, "result.json").write_text("{}")
+
+    monkeypatch.setattr(fake_world, "load", loaded)
+    monkeypatch.setattr(dreams.time, "sleep", sleep)
+    assert not dreams.main([name, "--watch", "--context", "4"])
+    output = capsys.readouterr()
+    assert output.out.count("global_step=") == 2 and not output.err
+    assert sorted(os.listdir(f"{name}/videos")) == ["open_loop-100.gif", "open_loop-200.gif"]
+    (events,) = Path(name).glob("events.*.dreams")
+    found = EventAccumulator(str(events)).Reload()
+    for tag in dreams.ERRORS:
+        assert [e.step for e in found.Scalars(f"eval/{tag}")] == [100, 200]
+    assert [e.value for e in found.Scalars("eval/open_loop_mse")] == [0, 0]
+    images = found.Images("eval/open_loop")
+    assert [e.step for e in images] == [100, 200] and images[0].encoded_image_string.startswith(b"GIF8")
+    # A checkpoint that stays broken is told in the end; Ctrl-C is a way to end it.
+    os.remove(f"{name}/result.json")
+    monkeypatch.setattr(dreams.time, "sleep", lambda seconds: None)
+    Path(name, "ckpt.pt").write_text("")
+    with pytest.raises(ValueError):
+        dreams.main([name, "--watch"])
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dreams.time, "sleep", interrupted)
+    os.remove(f"{name}/ckpt.pt")
+    assert not dreams.main([name, "--watch"])
+
+
+def test_wrong_input_of_watching(world, capsys):
+    for argv, named in (
+        (["exact", "--watch"], "world_toy.py draws its own"),
+        (["exact", "blurred", "--watch"], "one run"),
+        (["exact", "--name", ""], "--name"),
+        (["exact", "--name", "a/b"], "--name"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            dreams.main([*argv, "--results", "res"])
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and named in err and len(err.splitlines()) == 1, err
+    assert sorted(os.listdir("exact")) == ["args.json", "ckpt.pt"] and not Path("res").exists()
+
+
 # ---- The model-free baseline -----------------------------------------------------------------------------------------
+
+
+def test_baseline_plays_the_episodes_of_the_scripts():
+    import dreamerv3
+
+    args = dreamerv3.Args(seed=3)
+    assert common.seeds(3, 1, 7, 0, n=1) == [dreamerv3.episode_seed(args, 1, 7)]
 
 
 def test_baseline_stops_goes_on_and_is_reported(home):
@@ -659,6 +845,18 @@ def test_speed_of_a_small_model(home):
     assert int(row["samples"]) == 8 and float(row["seconds_per_update"]) > 0 and float(row["seconds_per_act"]) > 0
     assert float(row["flop"]) > 1e6 and 0 < float(row["share"]) < 1 and float(row["memory_gb"]) > 0.05
     assert "TFLOP/s in fp32" in Path("res/s.md").read_text()
+
+
+def test_speed_beside_another_file(home):
+    other = shutil.copy(ROOT / "dreamerv3.py", home / "other.py")
+    config = "dreamerv3:preset=cpu,batch-size=2,batch_length=4,imag_starts=4"
+    done = call("speed", config, "--kinds", "vector", "--seconds", 0, "--vs", other)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("| dreamerv3")]
+    mine, theirs, ratio = map(float, line.split("|")[3:6])
+    assert mine > 0 and theirs > 0 and 0.3 < ratio < 3
+    wrong = call("speed", config, "--vs", "nowhere.py")
+    assert wrong.returncode == 2 and "--vs nowhere.py" in wrong.stderr
 
 
 @pytest.mark.parametrize("kind", ["vector", "image"])
@@ -728,16 +926,7 @@ def test_gpu_check_in_slices(home, monkeypatch):
 
     def slice_of(minutes, words):
         monkeypatch.setattr(gpu, "learning_command", lambda *a: words)
-        argv = [
-            "gpu.py",
-            "--allow-cpu",
-            "--minutes",
-            str(minutes),
-            "--folder",
-            "g",
-            "--configs",
-            "dreamerv3:preset=cpu",
-        ]
+        argv = f"gpu.py --allow-cpu --minutes {minutes} --folder g --configs dreamerv3:preset=cpu".split()
         monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as stopped:
             gpu.main()
@@ -745,14 +934,8 @@ def test_gpu_check_in_slices(home, monkeypatch):
 
     monkeypatch.setattr(gpu.speed, "measure", measure)
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
-    runs = [
-        sys.executable,
-        str(BENCHMARKS / "run.py"),
-        "--command",
-        "python toy.py --steps 60",
-        "--folder",
-        "g/learning",
-    ]
+    runs = [sys.executable, str(BENCHMARKS / "run.py"), "--command", "python toy.py --steps 60"]
+    runs += ["--folder", "g/learning"]
     monkeypatch.setattr(gpu, "MARGIN", 57)  # a minute's slice with three seconds in it
     code, text = slice_of(1, runs)
     assert code == 3 and measured == ["eager"] and "1 of 2 measurements and the learning runs are left" in text

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import stub_env
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import (
     BOXES,
     ROOT,
@@ -39,7 +38,7 @@ from test_faults import (
     scalars,
     usage_error,
 )
-from test_readme import commands, explained, parse, read, table_names
+from test_readme import unexplained
 
 NAME = "ha2018_carracing"
 # Four episodes of five steps: 24 frames are 12 updates of V, 20 steps are 4 updates of M, then 3 generations. The stub
@@ -401,23 +400,15 @@ def test_worker_processes_play_the_same(script, unbroken):
     as_if_unbroken(only_run(), unbroken)
 
 
-def test_readme_explains_everything(script, monkeypatch):
-    """Commands parse; every tag and every file of a run that uses everything is in its tables."""
-    text = read("README.md")
-    mine = [argv for path, argv in commands(text) if path == f"{NAME}.py"]
-    with monkeypatch.context() as patch:
-        assert len(mine) >= 5 and not [x for argv in mine if (x := parse(NAME, argv, patch))]
+def test_docs_explain_everything(script, monkeypatch):
+    """Every tag and every file of a run that uses everything is in the tables of its page."""
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     assert script.run(*DREAM, "--predict-reward", "--capture-video").code == 0
     run = only_run()
     for flags in (["--evaluate", run, "--capture-video"], ["--evaluate", run, "--tau-table"], ["--play", run]):
         assert script.call(*flags).code == 0
-    events = EventAccumulator(run)
-    events.Reload()
-    tags = [t for kind in ("scalars", "images", "tensors") for t in events.Tags()[kind]]
-    files = [os.path.relpath(os.path.join(d, n), run) for d, _, names in os.walk(run) for n in names]
-    assert len(tags) > 25 and [t for t in tags if not explained(t, table_names(text, "tag"))] == []
-    assert len(files) > 12 and [f for f in files if not explained(f, table_names(text, "file"))] == []
+    (tags, files), missing = unexplained(NAME, run)
+    assert len(tags) > 25 and len(files) > 12 and missing == []
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------

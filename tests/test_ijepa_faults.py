@@ -29,7 +29,7 @@ from test_faults import (
     scalars,
     usage_error,
 )
-from test_readme import commands, explained, parse, read, table_names
+from test_readme import unexplained
 
 # Fixtures and rows of test_faults.py, which run on the `script` below because they are names of this module.
 ROWS = """
@@ -438,10 +438,10 @@ def test_42_disk_full_for_events(script, trained):
     assert os.path.isfile(os.path.join(only_run(), "result.json"))
 
 
-# ---- The README ------------------------------------------------------------------------------------------------------
+# ---- The docs --------------------------------------------------------------------------------------------------------
 
 
-def test_readme_explains_tags_and_files_and_its_commands_parse(script, monkeypatch):
+def test_docs_explain_tags_and_files(script):
     result = script.run("--report-every", 48, "--var-coeff", 0.1)
     assert result.code == 0, result.err
     run = only_run()
@@ -449,16 +449,9 @@ def test_readme_explains_tags_and_files_and_its_commands_parse(script, monkeypat
     assert result.code == 0 and "8 held-out images: " in result.out, result.err
     events = EventAccumulator(run)
     events.Reload()
-    tags = [t for kind in ("scalars", "images", "tensors") for t in events.Tags()[kind]]
-    files = [os.path.relpath(os.path.join(d, n), run) for d, _, names in os.walk(run) for n in names]
-    text = read("README.md")
-    assert len(tags) > 20 and [t for t in tags if not explained(t, table_names(text, "tag"))] == []
-    assert len(files) > 15 and [f for f in files if not explained(f, table_names(text, "file"))] == []
+    (tags, files), missing = unexplained("ijepa", run)
+    assert len(tags) > 20 and len(files) > 15 and missing == []
     assert {i.step for i in events.Images("eval/masks")} == {48, 96}
-    found = [argv for name, argv in commands(text) if name == "ijepa.py"]
-    assert len(found) > 4
-    for argv in found:
-        assert not parse("ijepa", argv, monkeypatch), argv
 
 
 def test_result(script, unbroken):

@@ -52,7 +52,7 @@ import dreams_report
 import numpy as np
 from common import at_least, choose_device, fail, load_run, pick, read_json, stack
 from dreams_report import ERRORS, LEVELS
-from pictures import ROW, caption, draw, is_image, save_gif
+from pictures import caption, draw, is_image, save_gif
 
 KEY = 424_242  # of the real episodes' seeds: no training, report or evaluation uses it
 AHEAD = 8  # rows of a window that are predicted one step ahead: each costs a pass over the episode before it
@@ -497,12 +497,12 @@ def keep(shown, episode, start, dream, context):
 
 def column(real, truth, said, color):
     """Truth, model and difference below each other; difference of pictures, or bars of differences of numbers."""
-    image, rows = any(is_image(v) for v in truth.values()), sum(np.size(v) for v in truth.values())
+    image = any(is_image(v) for v in truth.values())
     same = {k: np.shape(v) for k, v in truth.items()} == {k: np.shape(v) for k, v in said.items()}
 
     def paint(space, obs):
         obs = obs if hasattr(real, "spaces") else obs["observation"]
-        return draw(space, obs, 128) if image else draw(space, obs, 192)[: ROW * rows + 4]
+        return draw(space, obs, 128 if image else 192)
 
     pictures = [paint(real, truth), paint(real if same else None, said)]
     if same and image:

@@ -539,8 +539,8 @@ def test_two_processes_train_as_one(script, unbroken):
     assert len(os.listdir("runs")) == 1 and done.stdout.count("parameters: ") == 1  # one of them speaks and writes
     mine, theirs = load(run)["learner"]["model"], load(unbroken)["learner"]["model"]
     for k in mine:
-        # Root mean square: Adam divides by the gradient's size, so where that is rounding alone a single weight's step is
-        # rounding too, and how large depends on the processor.
+        # Root mean square: Adam divides by the gradient's size, so where that is rounding alone a single weight's step
+        # is rounding too, and how large depends on the processor.
         assert (mine[k].float() - theirs[k].float()).square().mean() ** 0.5 < 1e-4, k
     mine, theirs = scalars(run), scalars(unbroken)
     losses = [t for t in mine if t.startswith("losses/")]

@@ -160,7 +160,7 @@ PRESETS = dict(
     # be seen often enough: at half the ratio some seeds settle for a cart that drifts out of sight after 160 steps.
     cpu=dict(
         env_id="CartPole-v1", total_timesteps=8_000, num_envs=4, deter=128, hidden=64, units=64, cnn_depth=8, classes=8,
-        stoch=8, mlp_layers=2, bins=63, batch_length=16, imag_starts=128, learning_rate=5e-4, warmup_updates=100,
+        stoch=8, mlp_layers=2, bins=63, batch_length=16, imag_starts=128, learning_rate=1e-3, warmup_updates=100,
         train_ratio=128, ent_coef=1e-3, learning_starts=400, buffer_size=50_000, compile=False, num_threads=1,
         image_size=16, log_every=400, save_every=4_000),
     atari100k=dict(

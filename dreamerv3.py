@@ -466,13 +466,9 @@ class BlockLinear(nn.Module):
         # NOTE: fan-in is the whole input width, not one block's, which would make initial weights sqrt(G) too large.
         trunc_normal_(self.weight, i)
 
-    def forward(self, x, shared=None):
-        """(N, i') -> (N, o). `shared` (N, m): inputs that every block sees after its own, so that i = i' + G*m."""
-        x = x.unflatten(1, (len(self.weight), -1)).transpose(0, 1)  # (G, N, i'/G)
-        own, rest = self.weight.tensor_split([x.shape[2]], 1)
-        y = torch.baddbmm(self.bias.view(len(x), 1, -1), x, own)  # (G, N, o/G)
-        y = y if shared is None else y + shared @ rest
-        return y.transpose(0, 1).flatten(1)
+    def forward(self, x):  # (N, i) -> (N, o)
+        x = x.unflatten(1, (len(self.weight), -1)).transpose(0, 1)  # (G, N, i/G)
+        return torch.baddbmm(self.bias.view(len(x), 1, -1), x, self.weight).transpose(0, 1).flatten(1)
 
 
 class MLP(nn.Module):

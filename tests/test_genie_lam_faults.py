@@ -539,9 +539,13 @@ def test_two_processes_train_as_one(script, unbroken):
     assert len(os.listdir("runs")) == 1 and done.stdout.count("parameters: ") == 1  # one of them speaks and writes
     mine, theirs = load(run)["learner"]["model"], load(unbroken)["learner"]["model"]
     for k in mine:
-        # Root mean square: Adam divides by the gradient's size, so where that is rounding alone a single weight's step
-        # is rounding too, and how large depends on the processor.
-        assert (mine[k].float() - theirs[k].float()).square().mean() ** 0.5 < 1e-4, k
+        away = (mine[k].float() - theirs[k].float()).abs()
+        if k.startswith("policy."):
+            # On some processors a few weights of the policy's attention (11 of 192) end up to 2e-4 apart; probably those
+            # whose gradient is rounding alone, since Adam divides by its size.
+            assert (away > 1e-4).float().mean() < 0.1 and away.max() < 1e-3 and away.square().mean() ** 0.5 < 1e-4, k
+        else:
+            assert torch.allclose(mine[k], theirs[k], atol=1e-4), k
     mine, theirs = scalars(run), scalars(unbroken)
     losses = [t for t in mine if t.startswith("losses/")]
     assert mine.keys() == theirs.keys() and len(losses) > 8

@@ -541,8 +541,8 @@ def test_two_processes_train_as_one(script, unbroken):
     for k in mine:
         away = (mine[k].float() - theirs[k].float()).abs()
         if k.startswith("policy."):
-            # On some processors a few weights of the policy's attention (11 of 192) end up to 2e-4 apart; probably those
-            # whose gradient is rounding alone, since Adam divides by its size.
+            # On some processors a few weights of the policy's attention (11 of 192) end up to 2e-4 apart: probably
+            # those whose gradient is rounding alone, since Adam divides by its size.
             assert (away > 1e-4).float().mean() < 0.1 and away.max() < 1e-3 and away.square().mean() ** 0.5 < 1e-4, k
         else:
             assert torch.allclose(mine[k], theirs[k], atol=1e-4), k

@@ -58,8 +58,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
 
@@ -71,6 +72,7 @@ import tyro
 from gymnasium import spaces
 from PIL import Image
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 # ---- Args and presets ------------------------------------------------------------------------------------------------
 
@@ -86,7 +88,7 @@ Size = Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"]
 class Args:
     # Experiment
     env_id: str = "ALE/Pong-v5"  # any gymnasium id: ALE/, MinAtar/, dm_control/walker-walk-v0, my_module:MyEnv-v0
-    preset: Preset = "full"  # named settings, explained above; explicit flags win over them
+    preset: Preset = "full"  # named settings, see the commands above; explicit flags win over them
     total_timesteps: int = 10_000_000  # agent steps, summed over environments
     seed: int = 1  # seed of everything random: networks, noise, replay, environments
     resume: Optional[str] = None  # run directory to continue
@@ -103,18 +105,14 @@ class Args:
     log_every: int = 1000  # agent steps between log lines
     save_every: int = 100_000  # agent steps between checkpoints
     eval_episodes: int = 10  # episodes of the final evaluation and of the random baseline
-    eval_greedy: bool = False  # evaluate the most likely action; the published scores are of sampled actions
     # Environment
     num_envs: int = 16  # environments in lockstep
-    env_kwargs: str = "{}"  # JSON object passed to gymnasium.make
+    env_kwargs: str = "{}"  # JSON object passed to gymnasium.make: '{"repeat_action_probability": 0}' for Atari
     action_repeat: Optional[int] = None  # environment steps per agent step (None: 4 for Atari, else 1)
     max_episode_steps: Optional[int] = None  # agent steps after which an episode is truncated (None: the environment's)
     pixels: bool = False  # observe rendered images instead of the environment's own observation
     image_size: int = 64  # images are resized to this many pixels per side
     grayscale: bool = False  # Atari in grey instead of RGB
-    sticky_actions: float = 0.25  # Atari: probability that the emulator repeats the previous action
-    full_action_space: bool = False  # Atari: all 18 actions instead of the game's minimal set
-    noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
     # World model
     deter: Optional[int] = None  # D, units of the recurrent state
     hidden: Optional[int] = None  # X, hidden width of the RSSM
@@ -140,7 +138,6 @@ class Args:
     repval_scale: float = 0.3  # weight of the critic loss on replayed states
     # Optimization
     buffer_size: int = 2_000_000  # replay capacity in rows, summed over environments (the paper: 5M, 143 GB)
-    replay_cuda: bool = True  # keep the replay on the GPU if it fits there, otherwise in host memory
     learning_starts: int = 1024  # agent steps before the first update
     batch_size: int = 16  # B
     batch_length: int = 64  # T; one more row is drawn as context
@@ -164,12 +161,12 @@ PRESETS = dict(
         train_ratio=128, ent_coef=1e-3, learning_starts=400, buffer_size=50_000, compile=False, num_threads=1,
         image_size=16, log_every=400, save_every=4_000),
     atari100k=dict(
-        env_id="ALE/Boxing-v5", total_timesteps=100_000, num_envs=1, train_ratio=256, sticky_actions=0.0,
-        buffer_size=110_000, save_every=25_000),
+        env_id="ALE/Boxing-v5", env_kwargs='{"repeat_action_probability": 0}', total_timesteps=100_000, num_envs=1,
+        train_ratio=256, buffer_size=110_000, save_every=25_000),
     # NOTE: 3M rows instead of the published 5M: 77 GB (25.6 KB per row), which leaves room on a GPU of 139 GiB.
     atari=dict(
-        total_timesteps=50_000_000, image_size=96, grayscale=True, full_action_space=True, buffer_size=3_000_000,
-        save_every=1_000_000),
+        env_kwargs='{"full_action_space": true}', total_timesteps=50_000_000, image_size=96, grayscale=True,
+        buffer_size=3_000_000, save_every=1_000_000),
     dmc_proprio=WALKER | dict(size="1m", train_ratio=1024),
     dmc_vision=WALKER | dict(pixels=True, train_ratio=256),
 )
@@ -399,21 +396,14 @@ def inverse_rms(x, eps):
     return torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
-def norm_back(grad, normed, inverse, weight):
-    """Gradients of an RMSNorm's input and weight from that of its output, which is overwritten."""
-    product = grad * normed
-    mean = (product @ weight if weight.dim() == 1 else (product * weight).sum(-1)).unsqueeze(-1)
-    dx = grad.mul_(weight).addcmul_(normed, mean, value=-1 / weight.shape[-1]).mul_(inverse)
-    return dx, product.sum_to_size(weight.shape)
-
-
 class NormSiLU(torch.autograd.Function):
     """norm_silu with its gradient by hand: half of the passes over memory of the chain."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
         inverse = inverse_rms(x, eps)
-        ctx.save_for_backward(x, weight, inverse)
+        if ctx:
+            ctx.save_for_backward(x, weight, inverse)
         return F.silu((x * inverse).mul_(weight), inplace=True).to(x.dtype)
 
     @staticmethod
@@ -421,15 +411,15 @@ class NormSiLU(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         normed = x * inverse
         grad = torch.ops.aten.silu_backward(grad.float(), normed * weight)
-        dx, dweight = norm_back(grad, normed, inverse, weight)
-        return dx.to(x.dtype), dweight, None
+        product = grad * normed
+        mean = (product * weight).sum(-1, keepdim=True)
+        dx = grad.mul_(weight).addcmul_(normed, mean, value=-1 / weight.shape[-1]).mul_(inverse)
+        return dx.to(x.dtype), product.sum_to_size(weight.shape), None
 
 
 def norm_silu(x, weight, eps):
     """SiLU(RMSNorm(x)), the norm in float32: x (..., n) or (..., k, n), weight (n,) or (k, n)."""
-    if torch.is_grad_enabled():
-        return NormSiLU.apply(x, weight, eps)
-    return F.silu((x * inverse_rms(x, eps)).mul_(weight), inplace=True).to(x.dtype)
+    return NormSiLU.apply(x, weight, eps) if torch.is_grad_enabled() else NormSiLU.forward(None, x, weight, eps)
 
 
 class Linear(nn.Linear):
@@ -501,14 +491,9 @@ def image_stages(size):
 
 
 def split_keys(obs_space):
-    """Names of the images and of the other entries of a Dict, each sorted."""
+    """Names of the images and of the vectors of a Dict, each sorted."""
     images = [k for k, s in sorted(obs_space.items()) if len(s.shape) == 3]
     return images, [k for k in sorted(obs_space) if k not in images]
-
-
-def width(space):
-    """Numbers that a vector or a one-hot Discrete has."""
-    return int(space.n) if isinstance(space, spaces.Discrete) else space.shape[0]
 
 
 class Encoder(nn.Module):
@@ -517,9 +502,9 @@ class Encoder(nn.Module):
     def __init__(self, obs_space, units=1024, depth=64, layers=3):
         super().__init__()
         self.images, self.vectors = split_keys(obs_space)
-        self.out_dim, self.space = 0, obs_space
+        self.out_dim = 0
         if self.vectors:
-            self.mlp, self.out_dim = MLP(sum(width(obs_space[k]) for k in self.vectors), units, layers), units
+            self.mlp, self.out_dim = MLP(sum(obs_space[k].shape[0] for k in self.vectors), units, layers), units
         if self.images:
             side = obs_space[self.images[0]].shape[0]
             widths = [sum(obs_space[k].shape[2] for k in self.images), *(m * depth for m in image_stages(side))]
@@ -532,10 +517,8 @@ class Encoder(nn.Module):
 
     def forward(self, obs):
         out = []
-        if self.vectors:  # integers become one-hot, real vectors are compressed by symlog (eq. 9)
-            parts = [(obs[k], self.space[k]) for k in self.vectors]
-            parts = [F.one_hot(x, width(s)).float() if isinstance(s, spaces.Discrete) else symlog(x) for x, s in parts]
-            out.append(self.mlp(torch.cat(parts, -1)).float())
+        if self.vectors:
+            out.append(self.mlp(symlog(torch.cat([obs[k] for k in self.vectors], -1))).float())  # eq. 9
         if self.images:
             x = torch.cat([obs[k] for k in self.images], -1)
             lead = x.shape[:-3]
@@ -560,143 +543,68 @@ class RSSM(nn.Module):
         self.post_in, self.post_norm = Linear(deter + embed, hidden), RMSNorm(hidden)
         self.post_out = Linear(hidden, stoch * classes)
 
-    def blocked(self, x):
-        """(..., N, G*n) -> (..., G, N, n), a view."""
-        return x.unflatten(-1, (self.blocks, -1)).transpose(-3, -2)
-
-    def weights(self):
-        """The weights of a step, in the form in which it uses them. Made once per sequence: slicing a weight inside the
-        loop would cost its gradient a copy of the whole tensor at every step."""
-        (h, z), x = (net.linears[0] for net in (self.in_h, self.in_z)), self.in_h.linears[0].out_features
-        own, shared = self.core_in.weight.split([self.deter // self.blocks, 3 * x], 1)
-        state, action = shared.transpose(0, 1).flatten(1).tensor_split([2 * x])  # (2X, D), (X, D)
-        norm = torch.stack([self.in_h.norms[0].weight, self.in_z.norms[0].weight])  # (2, X)
-        # NOTE: the update gate starts nearly closed: 1 is subtracted from it, here from its bias.
-        gates, gates_bias = self.core_gates.weight, self.core_gates.bias.view(self.blocks, 1, 3, -1)
-        gates_bias = (gates_bias - gates_bias.new_tensor([0.0, 0.0, 1.0]).view(3, 1)).flatten(2)  # (G, 1, 3D/G)
-        post, token = self.post_in.weight.split([self.deter, self.post_in.in_features - self.deter], 1)
-        step = (h.weight, h.bias, z.weight, z.bias, norm, state, own, self.core_norm.weight, gates, gates_bias)
-        step += (post, self.post_norm.weight, self.post_out.weight, self.post_out.bias)
-        return step, action, token
-
-    def embed_action(self, a, weight):
-        """The share of the core that needs no state, for any number of steps at once: a (..., A) -> (..., D)."""
-        return F.linear(self.in_a(a / a.abs().clamp(min=1).detach()), weight.T, self.core_in.bias).float()
-
-    def core(self, h, z, a):
-        """Next recurrent state: h (N, D), z (N, S, C) or (N, S*C), a (N, A) -> (N, D)."""
-        w, action, _ = self.weights()
-        return self.core_step(h, z.reshape(h.shape[0], -1), self.embed_action(a, action), w)[0]
-
-    def core_step(self, h, z, action, w):
-        """h (N, D), z (N, S*C), action (N, D) from embed_action -> next h, and what the gradient needs."""
-        wh, bh, wz, bz, norm, state, own, core_norm, gates, gates_bias, *_ = w
-        p1 = torch.cat([F.linear(h, wh, bh), F.linear(z, wz, bz)], -1).unflatten(-1, norm.shape)  # (N, 2, X)
-        x1 = norm_silu(p1, norm, self.core_norm.eps).flatten(1)
-        p2 = torch.addmm(action, x1, state).float()  # (N, D): what all blocks share, then each block's own
-        p2 = (p2.unflatten(1, (self.blocks, -1)) + torch.bmm(self.blocked(h), own).transpose(0, 1)).flatten(1)
-        x2 = self.blocked(norm_silu(p2, core_norm, self.core_norm.eps))  # (G, N, D/G)
-        # NOTE: the gates are split inside each block; splitting the flat (N, 3D) in three would mix blocks.
-        y = torch.baddbmm(gates_bias, x2, gates).float().unflatten(2, (3, -1)).permute(2, 1, 0, 3).reshape(3, *h.shape)
-        (reset, update), cand = torch.sigmoid(y[::2]), y[1]  # (N, D) each
-        new = torch.tanh(reset * cand)
-        return torch.lerp(h, new, update), (p1, x1, p2, x2, reset, cand, update, new)
-
-    def prior(self, h):
-        """Probabilities of the latents before the observation is seen: (..., D) -> (..., S, C)."""
-        return unimix_probs(self.prior_net(h).view(*h.shape[:-1], self.stoch, self.classes), self.unimix)
-
     def initial(self, n, device=None):
         """Zero state: h (n, D), z (n, S, C)."""
         return torch.zeros(n, self.deter, device=device), torch.zeros(n, self.stoch, self.classes, device=device)
 
-    def post_step(self, state, action, token, keep, u, w):
-        """One step with an observation: state (N, F) = [h, z], action (N, D), token (N, X) the observation's share of
-        the posterior layer, keep (N, 1): 0 resets. -> next state, posterior (N, S, C), what the gradient needs."""
-        *_, post, post_norm, out, out_bias = w
-        state = state * keep
-        h, saved = self.core_step(*state.split([self.deter, self.stoch * self.classes], -1), action, w)
-        p3 = torch.addmm(token, h, post.T)
-        x3 = norm_silu(p3, post_norm, self.core_norm.eps)
-        probs = unimix_probs(F.linear(x3, out, out_bias).unflatten(1, (self.stoch, -1)), self.unimix)
-        return torch.cat([h, sample_onehot(probs, u).flatten(1)], -1), probs, (state, *saved, p3, x3)
+    def weights(self):
+        """The parts of core_in that see the block's own h, [h, z] and the action. Made once per sequence: slicing a
+        weight inside the loop would cost its gradient a copy of the whole tensor at every step."""
+        x = self.in_h.linears[0].out_features
+        own, shared = self.core_in.weight.split([self.deter // self.blocks, 3 * x], 1)
+        norm = torch.stack([self.in_h.norms[0].weight, self.in_z.norms[0].weight])  # (2, X)
+        return own, *shared.transpose(0, 1).flatten(1).tensor_split([2 * x]), norm  # (2X, D), (X, D)
 
-    def back_step(self, grad, dprobs, terms, w):
-        """Gradient of post_step: grad (N, F) of the next state, dprobs (N, S, C) of the posterior -> gradient of the
-        state, those of the outputs of all layers (d) and of the norms' weights (s)."""
-        wh, _, wz, _, norm, state, own, core_norm, gates, _, post, post_norm, out, _ = w
-        keep, slope, probs, rest, gate, x1, i1, slope1, x2, i2, slope2, x3, i3, slope3 = terms
-        dh, dz = grad.split([self.deter, self.stoch * self.classes], -1)
-        dprobs = dprobs + dz.view_as(dprobs)  # straight-through: the sample's gradient is that of its probabilities
-        dlogits = (slope * (dprobs - (dprobs * probs).sum(-1, keepdim=True))).flatten(1)
-        d3, s3 = norm_back(dlogits @ out * slope3, x3, i3, post_norm)  # (N, X)
-        dh = dh + d3 @ post
-        dgates = (self.blocked(dh).unsqueeze(2) * gate).flatten(2)  # (G, N, 3D/G)
-        d2 = torch.bmm(dgates, gates.transpose(1, 2)).transpose(0, 1).flatten(1)
-        d2, s2 = norm_back(d2 * slope2, x2, i2, core_norm)  # (N, D)
-        d1, s1 = norm_back((d2 @ state.T).unflatten(1, norm.shape) * slope1, x1, i1, norm)  # (N, 2, X)
-        own = torch.bmm(self.blocked(d2), own.transpose(1, 2)).transpose(0, 1).flatten(1)
-        dh = dh * rest + own + d1[:, 0] @ wh
-        return torch.cat([dh, d1[:, 1] @ wz], -1) * keep, (d1, s1, d2, s2, dgates, d3, s3, dlogits)
+    def embed_action(self, a, w):
+        """The share of the core that needs no state, for any number of steps at once: a (..., A) -> (..., D)."""
+        return F.linear(self.in_a(a / a.abs().clamp(min=1).detach()), w[2].T, self.core_in.bias).float()
+
+    def core(self, h, z, a):
+        """Next recurrent state: h (N, D), z (N, S, C) or (N, S*C), a (N, A) -> (N, D)."""
+        w = self.weights()
+        return self.core_step(h, z, self.embed_action(a, w), w)
+
+    def core_step(self, h, z, action, w):
+        """As core, with action (N, D) from embed_action."""
+        own, state, _, norm, *_ = w
+        x = torch.cat([self.in_h.linears[0](h), self.in_z.linears[0](z.reshape(len(h), -1))], -1)
+        x = norm_silu(x.unflatten(-1, norm.shape), norm, self.core_norm.eps).flatten(1)  # (N, 2X)
+        x = torch.addmm(action, x, state).float()  # (N, D): what all blocks share, then each block's own
+        x = x.unflatten(1, (self.blocks, -1)) + torch.bmm(
+            h.unflatten(1, (self.blocks, -1)).transpose(0, 1), own
+        ).transpose(0, 1)
+        x = self.core_gates(self.core_norm.silu(x.flatten(1))).float()
+        # NOTE: the gates are split inside each block; splitting the flat (N, 3D) in three would mix blocks.
+        reset, cand, update = (y.flatten(1) for y in x.view(len(h), self.blocks, 3, -1).unbind(2))  # (N, D) each
+        # NOTE: the update gate starts nearly closed, by the -1.
+        return torch.lerp(h, torch.tanh(torch.sigmoid(reset) * cand), torch.sigmoid(update - 1))
+
+    def prior(self, h):
+        """Probabilities of the latents before the observation is seen: (..., D) -> (..., S, C)."""
+        return unimix_probs(self.prior_net(h).unflatten(-1, (self.stoch, -1)), self.unimix)
+
+    def post_step(self, h, z, action, token, keep, u, w):
+        """One step with an observation: action (N, D), token (N, X) the observation's share of the posterior layer,
+        keep (N, 1): 0 resets, u (N, S) noise. -> h, z (N, S*C), posterior (N, S, C)."""
+        h = self.core_step(h * keep, z * keep, action, w)
+        x = self.post_out(self.post_norm.silu(torch.addmm(token, h, w[4])))
+        probs = unimix_probs(x.unflatten(1, (self.stoch, -1)), self.unimix)
+        return h, sample_onehot(probs, u).flatten(1), probs
 
     def observe(self, tokens, actions, is_first, h, z, generator=None):
         """Filter a sequence: tokens (B, T, E), actions (B, T, A) that led to each row, is_first (B, T), state before
         row 0. Returns h (B, T, D), z (B, T, S, C) and the posterior's log-probabilities (B, T, S, C)."""
-        (w, w_action, w_token), keep = self.weights(), 1 - is_first.float().unsqueeze(-1)  # (B, T, 1)
+        w, keep, z, steps = self.weights(), 1 - is_first.float().unsqueeze(-1), z.flatten(1), []
         # Only what depends on h or z stays in the loop; tokens and actions go through their layers as one batch.
-        token = F.linear(tokens, w_token, self.post_in.bias).float()  # (B, T, X)
-        action = self.embed_action(actions * keep, w_action)  # (B, T, D). NOTE: a reset zeroes the previous action too
+        post, token = self.post_in.weight.tensor_split([self.deter], 1)
+        token = F.linear(tokens, token, self.post_in.bias).float()  # (B, T, X)
+        action = self.embed_action(actions * keep, w)  # (B, T, D). NOTE: a reset zeroes the previous action too
         noise = torch.rand(*is_first.T.shape, self.stoch, device=tokens.device, generator=generator)  # (T, B, S)
-        inputs = [x.transpose(0, 1) for x in (action, token, keep)]
-        states, probs = Scan.apply(self, torch.cat([h, z.flatten(1)], -1), *inputs, noise, *w)
-        h, z = states.transpose(0, 1).split([self.deter, self.stoch * self.classes], -1)
-        return h, z.unflatten(-1, (self.stoch, -1)), probs.transpose(0, 1).log()
-
-
-class Scan(torch.autograd.Function):
-    """RSSM.post_step over time, with its gradient by hand. Backpropagation through time does at each step only what the
-    step before waits for; factors of all steps are made before, gradients of weights after it, as one operation each.
-    """
-
-    @staticmethod
-    def forward(ctx, dyn, state, action, token, keep, noise, *w):
-        steps = []
-        with torch.inference_mode():
-            for inputs in zip(action.unbind(), token.unbind(), keep.unbind(), noise.unbind(), strict=True):
-                steps.append(dyn.post_step(steps[-1][0] if steps else state, *inputs, w))
-        states, probs, saved = zip(*steps, strict=True)
-        states, probs = torch.stack(states), torch.stack(probs)  # (T, B, F), (T, B, S, C)
-        ctx.dyn, ctx.autocast = dyn, torch.is_autocast_enabled(state.device.type)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(states, probs, keep, *w, *(torch.stack(x) for x in zip(*saved, strict=True)))
-        return states, probs
-
-    @staticmethod
-    def backward(ctx, dstates, dprobs):
-        dyn, (states, probs, keep, *saved) = ctx.dyn, ctx.saved_tensors
-        w, (s0, p1, x1, p2, x2, reset, cand, update, new, p3, x3) = saved[:14], saved[14:]
-        h0, z0 = s0.split([dyn.deter, dyn.stoch * dyn.classes], -1)
-        soft = (probs - dyn.unimix / dyn.classes) / (1 - dyn.unimix)  # before mixing
-        cell = update * (1 - new * new)
-        gate = [cell * cand * reset * (1 - reset), cell * reset, (new - h0) * update * (1 - update)]
-        gate = torch.stack([dyn.blocked(g) for g in gate], 3)  # (T, G, B, 3, D/G)
-        norms = []  # of each norm: normalized input, 1 / rms, slope of SiLU
-        for p, weight in ((p1, w[4]), (p2, w[7]), (p3, w[11])):
-            inverse = inverse_rms(p, dyn.core_norm.eps)
-            norms += [p * inverse, inverse, torch.ops.aten.silu_backward(torch.ones_like(p), p * inverse * weight)]
-        factors, grad, out = (keep, (1 - dyn.unimix) * soft, soft, 1 - update, gate, *norms), 0, []
-        autocast = torch.autocast(states.device.type, torch.bfloat16, enabled=ctx.autocast)
-        with autocast, torch.inference_mode():
-            for ds, dp, *terms in reversed(list(zip(dstates, dprobs, *factors, strict=True))):
-                grad, layers = dyn.back_step(ds + grad, dp, terms, w)
-                out.append(layers)
-        with autocast:
-            d1, s1, d2, s2, dgates, d3, s3, dlogits = (torch.stack(x) for x in zip(*reversed(out), strict=True))
-            mm, bmm = partial(torch.einsum, "tbi,tbj->ij"), partial(torch.einsum, "tgbi,tgbj->gij")
-            (dh, dz), sums, h = d1.unbind(2), partial(torch.sum, dim=(0, 1)), states[..., : dyn.deter]
-            dw = [mm(dh, h0), sums(dh), mm(dz, z0), sums(dz), s1.sum(0), mm(x1, d2)]
-            dw += [bmm(dyn.blocked(h0), dyn.blocked(d2)), s2.sum(0), bmm(x2, dgates), dgates.sum((0, 2)).unsqueeze(1)]
-            return None, None, d2, d3, None, None, *dw, mm(d3, h), s3.sum(0), mm(dlogits, x3), sums(dlogits)
+        for inputs in zip(action.unbind(1), token.unbind(1), keep.unbind(1), noise.unbind(), strict=True):
+            h, z, probs = self.post_step(h, z, *inputs, (*w, post.T))
+            steps.append((h, z, probs))
+        h, z, probs = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+        return h, z.unflatten(-1, (self.stoch, -1)), probs.log()
 
 
 class UpConv(nn.Conv2d):
@@ -724,14 +632,14 @@ class UpConv(nn.Conv2d):
 
 
 class Decoder(nn.Module):
-    """Model state -> {key: prediction}: images in [0, 1], vectors in symlog space, logits for integers."""
+    """Model state -> {key: prediction}: images in [0, 1], vectors in symlog space."""
 
     def __init__(self, obs_space, deter, latent, units=1024, depth=64, layers=3, blocks=8):
         super().__init__()
         self.images, self.vectors = split_keys(obs_space)
         if self.vectors:
             self.mlp = MLP(deter + latent, units, layers)
-            self.outs = nn.ModuleList(Linear(units, width(obs_space[k])) for k in self.vectors)
+            self.outs = nn.ModuleList(Linear(units, obs_space[k].shape[0]) for k in self.vectors)
         if self.images:
             self.channels, side = [obs_space[k].shape[2] for k in self.images], obs_space[self.images[0]].shape[0]
             widths = [*(m * depth for m in image_stages(side)[::-1]), sum(self.channels)]
@@ -798,7 +706,7 @@ class Policy(nn.Module):
 
 
 class Dreamer(nn.Module):
-    """World model, actor and critic. `obs_space`: a Dict of uint8 images (H, W, C), float vectors (n,) and Discrete."""
+    """World model, actor and critic. `obs_space`: a Dict of uint8 images (H, W, C) and float vectors (n,)."""
 
     def __init__(self, obs_space, action_space, config):
         super().__init__()
@@ -820,25 +728,23 @@ class Dreamer(nn.Module):
     def feat(self, h, z):
         return torch.cat([h, z.flatten(-2)], -1)  # (..., F)
 
-    def imag_step(self, feat, w, w_action, table):
+    def imag_step(self, feat, w, table):
         """Act, then move one step in the dream: feat (N, F) = [h, z] -> the next feat, the action (N, A)."""
         action = self.pol.sample(self.pol(feat))
         h, z = feat.split([self.dyn.deter, self.dyn.stoch * self.dyn.classes], -1)
-        share = self.dyn.embed_action(action, w_action) if table is None else action @ table
-        h, _ = self.dyn.core_step(h, z, share.float(), w)
+        h = self.dyn.core_step(h, z, self.dyn.embed_action(action, w) if table is None else action @ table, w)
         return self.feat(h, sample_onehot(self.dyn.prior(h))), action
 
     @torch.no_grad()
     def imagine(self, h, z, horizon):
         """Roll the policy out in the model from h (N, D), z (N, S, C): features (H+1, N, F), actions (H, N, A). Time
         comes first, so that "all but the last step" is a contiguous block and not a copy of the largest tensors."""
-        feats, actions, (w, w_action, _) = [self.feat(h, z)], [], self.dyn.weights()
+        feats, actions, w = [self.feat(h, z)], [], self.dyn.weights()
         # Discrete actions are few: what each adds to the core is looked up.
-        choices = torch.eye(self.pol.out_dim, device=h.device)
-        table = self.dyn.embed_action(choices, w_action) if self.pol.discrete else None
+        table = self.dyn.embed_action(torch.eye(self.pol.out_dim, device=h.device), w) if self.pol.discrete else None
         with torch.inference_mode():  # the stacks below are ordinary tensors again
             for _ in range(horizon):  # no action is drawn in the last state: nothing would use it
-                feat, action = self.imag_step(feats[-1], w, w_action, table)
+                feat, action = self.imag_step(feats[-1], w, table)
                 feats.append(feat)
                 actions.append(action)
         return torch.stack(feats), torch.stack(actions)
@@ -871,8 +777,6 @@ def recon_loss(prediction, target):
     # NOTE: sums over pixels and dimensions, not means; means would drown the reconstruction in reward and KL.
     if target.dtype == torch.uint8:
         return F.mse_loss(prediction, target.float().div_(255), reduction="none").flatten(2).sum(-1)
-    if target.dtype == torch.int64:
-        return F.cross_entropy(prediction.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
     return F.mse_loss(prediction, symlog(target), reduction="none").sum(-1)  # eq. 8
 
 
@@ -980,10 +884,10 @@ class Learner:
         return stats, h.detach().to(torch.bfloat16), z.detach().argmax(-1).to(torch.uint8)
 
     def check(self, where=""):
-        """Raise FloatingPointError naming what was not finite. Waits for the device."""
+        """Ends the run naming what was not finite, if something was. Waits for the device."""
         if self.bad is not None and self.bad.any():
             names = ", ".join(n for n, b in zip(self.names, self.bad.tolist(), strict=True) if b)
-            raise FloatingPointError(f"not finite at {where}: {names}; no optimizer step was taken")
+            raise SystemExit(f"not finite at {where}: {names}; no step was taken, ckpt.pt is from before it")
 
     def state_dict(self):
         return {"model": self.model.state_dict(), "optimizer": self.opt.state, "return_range": self.norm.range}
@@ -1022,8 +926,8 @@ class Graphed:
 def compile_model(model, learner):
     """Compile the recurrent steps and the networks around them; on a GPU capture each whole update in a CUDA graph."""
     print("compiling: the first steps take a minute or more (--no-compile starts at once)", flush=True)
-    for owner, name in ((model.dyn, "post_step"), (model.dyn, "back_step"), (model, "imag_step")):
-        setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
+    model.dyn.post_step = torch.compile(model.dyn.post_step, dynamic=False)
+    model.imag_step = torch.compile(model.imag_step, dynamic=False)
     model.enc.compile(dynamic=False)  # in place: parameter names in checkpoints stay as they are
     model.dec.compile(dynamic=False)
     if learner.device.type == "cuda":
@@ -1049,8 +953,7 @@ class Replay:
     @staticmethod
     def specs(obs_space, action_dim, config):
         """What one row holds. Latents: deter in bfloat16, stoch as class numbers, a fifth of their size in float32."""
-        kinds = {np.dtype(np.uint8): torch.uint8, np.dtype(np.float32): torch.float32, np.dtype(np.int64): torch.int64}
-        specs = {f"obs/{k}": (s.shape, kinds[s.dtype]) for k, s in obs_space.items()}
+        specs = {f"obs/{k}": (s.shape, getattr(torch, s.dtype.name)) for k, s in obs_space.items()}
         specs |= {"action": ((action_dim,), torch.float32), "reward": ((), torch.float32)}
         specs |= dict.fromkeys(("is_first", "is_last", "is_terminal"), ((), torch.bool))
         return specs | {"deter": ((config["deter"],), torch.bfloat16), "stoch": ((config["stoch"],), torch.uint8)}
@@ -1103,9 +1006,7 @@ class Replay:
 
     def state_dict(self):
         filled = int(min(self.count.max(), self.capacity))
-        rows = {
-            k: v[:, :filled].to("cpu", copy=True) for k, v in self.data.items()
-        }  # a view would save all of the buffer
+        rows = {k: v[:, :filled].to("cpu", copy=True) for k, v in self.data.items()}  # a view would save all of it
         counters = {"count": self.count.tolist(), "queue": list(self.queue), "rng": self.rng.bit_generator.state}
         return counters | {"rows": rows}
 
@@ -1124,11 +1025,8 @@ class Ratio:
         self.ratio, self.previous = ratio, None
 
     def __call__(self, step):
-        if self.previous is None:
-            self.previous = step
-            return 1
-        due = int((step - self.previous) * self.ratio)
-        self.previous += due / self.ratio
+        due = 1 if self.previous is None else int((step - self.previous) * self.ratio)
+        self.previous = step if self.previous is None else self.previous + due / self.ratio
         return due
 
 
@@ -1137,17 +1035,17 @@ class Ratio:
 
 def resize(image, size):
     """(H, W, C) uint8 of any number of channels -> (size, size, C), bilinear, always a copy."""
-    if image.shape[:2] == (size, size):
-        return image.copy()
     planes = [Image.fromarray(p).resize((size, size), Image.BILINEAR) for p in np.moveaxis(image, 2, 0)]
     return np.stack([np.asarray(p) for p in planes], 2)
 
 
 class Atari(gym.Wrapper):
-    """Frame skip with the maximum of the last two frames, random no-ops; no reward clipping, no life signal."""
+    """Frame skip with the maximum of the last two frames, up to 30 no-ops; no reward clipping, no lives."""
 
     # NOTE: gymnasium's AtariPreprocessing turns grey before it resizes (the authors after it), and shows a stale frame
     # where an episode ends inside a skip.
+    noop_max = 30
+
     def __init__(self, env, args):
         super().__init__(env)
         self.args, shape = args, (args.image_size, args.image_size, 1 if args.grayscale else 3)
@@ -1155,7 +1053,7 @@ class Atari(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         frame, info = self.env.reset(seed=seed, options=options)
-        for _ in range(np.random.default_rng(seed).integers(self.args.noop_max + 1)):
+        for _ in range(np.random.default_rng(seed).integers(self.noop_max + 1)):
             frame, _, terminated, truncated, info = self.env.step(0)
             if terminated or truncated:
                 frame, info = self.env.reset(options=options)
@@ -1189,41 +1087,40 @@ class MinAtar(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if self.unwrapped.game.env_name == "freeway":  # NOTE: it ends by its clock alone, which is no terminal state
-            terminated, truncated = False, terminated or truncated
-        return obs, reward, terminated, truncated, info
+        clock = (
+            self.unwrapped.game.env_name == "freeway"
+        )  # NOTE: it ends by its clock alone, which is no terminal state
+        return obs, reward, terminated and not clock, truncated or terminated and clock, info
 
     def render(self):  # NOTE: the package's own picture is float in 0..1
-        state, image = self.unwrapped.game.state(), np.zeros((10, 10, 3), np.uint8)
+        image, scale = np.zeros((10, 10, 3), np.uint8), max(1, self.size // 10)
         for channel, color in enumerate(self.colors):
-            image[state[..., channel]] = color
-        image = image.repeat(max(1, self.size // 10), 0).repeat(max(1, self.size // 10), 1)[: self.size, : self.size]
-        rest = self.size - len(image)
-        return np.pad(image, ((rest // 2, rest - rest // 2), (rest // 2, rest - rest // 2), (0, 0)))
+            image[self.unwrapped.game.state()[..., channel]] = color
+        rest = max(0, self.size - 10 * scale)
+        return np.pad(image.repeat(scale, 0).repeat(scale, 1), [(rest // 2, rest - rest // 2)] * 2 + [(0, 0)])
 
 
 def convert(space, size, name="observation"):
     """What the model sees of an observation: (space, function that brings values there, always as a copy). Images
-    become uint8 (size, size, C), other boxes float32 (n,), numbers count from 0, lists of them are one-hot."""
+    become uint8 (size, size, C), everything else a vector: float32 (n,), with numbers of a set as one-hot."""
     if isinstance(space, spaces.Dict) and not any(isinstance(s, spaces.Dict) for s in space.values()):
         parts = {k: convert(s, size, k) for k, s in space.items()}
         return spaces.Dict({k: p[0] for k, p in parts.items()}), lambda x: {k: p[1](x[k]) for k, p in parts.items()}
-    if isinstance(space, spaces.Discrete):
-        return spaces.Discrete(space.n), lambda x: np.int64(x - space.start)
     shape = space.shape + (1,) if len(space.shape or ()) == 2 else space.shape
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(shape) == 3 and space.high.max() == 255:
         axis = 0 if shape[0] < min(shape[1:]) else 2  # of the channels: frame stacks have them in front
         box = spaces.Box(0, 255, (size, size, shape[axis]), np.uint8)
         return box, lambda x: resize(np.moveaxis(np.reshape(x, shape), axis, 2), size)
-    if not isinstance(space, (spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)) or spaces.flatdim(space) > 4096:
-        raise ValueError(f"observations must be uint8 images, up to 4096 numbers or Discrete, {name!r} is {space}")
+    numbers = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+    if not isinstance(space, numbers) or spaces.flatdim(space) > 4096:
+        raise ValueError(f"observations must be uint8 images or up to 4096 numbers, {name!r} is {space}")
     box = spaces.Box(-np.inf, np.inf, (spaces.flatdim(space),), np.float32)
     return box, lambda x: np.array(spaces.flatten(space, x), np.float32)
 
 
 def make_env(args, seed):
-    """The environment as the agent sees it. Observations: Box (uint8 images, float32 vectors) or Discrete, or a Dict of
-    them; actions: Discrete(n), or Box(-1, 1). Raises ValueError with what was wanted and what was found. Episodes are
+    """The environment as the agent sees it. Observations: Box (uint8 images, float32 vectors), or a Dict of them;
+    actions: Discrete(n), or Box(-1, 1). Raises ValueError with what was wanted and what was found. Episodes are
     functions of the seed of their reset and of the actions; a first reset without a seed goes on from `seed`."""
     *modules, name = args.env_id.split(":")
     family, kwargs = name.split("/")[0], json.loads(args.env_kwargs)
@@ -1236,8 +1133,7 @@ def make_env(args, seed):
         import ale_py  # noqa: F401 (registers its ids)
 
         # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours.
-        flags = dict(repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space)
-        kwargs = dict(frameskip=1, **flags) | kwargs
+        kwargs = dict(frameskip=1) | kwargs
     elif family == "dm_control":
         import shimmy  # noqa: F401 (registers its ids)
 
@@ -1291,76 +1187,68 @@ def fail(message):  # shared
     raise SystemExit(2)
 
 
-def parse_args(cls, presets, description, changeable):  # shared
-    """Command line -> cls. Defaults: --preset, or the run given to --resume, of which only `changeable` may change.
-    Flags win."""
+def parse_args(cls, presets, description):  # shared
+    """Command line -> cls. Defaults: --preset, or the run given to --resume, of which little may change. Flags win."""
     words = [w for a in sys.argv[1:] for w in a.split("=", 1)]
     given = {w.replace("_", "-"): v for w, v in zip(words, words[1:]) if w.startswith("--")}
     defaults, run = presets.get(given.get("--preset"), {}), given.get("--resume")
-    own, known = defaults.get("env_id", cls.env_id), {f.name for f in fields(cls)}
+    own = defaults.get("env_id", getattr(cls, "env_id", ""))
     if given.get("--env-id", own).split("/")[0] != own.split("/")[0]:  # what a preset says belongs to its environments
         defaults = {k: v for k, v in defaults.items() if k not in ("env_kwargs", "action_repeat", "max_episode_steps")}
     if run is not None:
         try:
-            with open(os.path.join(run, "args.json"), encoding="utf-8") as f:
-                info = json.load(f)
-            defaults, script = info["args"], info["script"] + ".py"
+            info = json.loads(Path(run, "args.json").read_text(encoding="utf-8"))
+            if info["script"] != Path(sys.modules[cls.__module__].__file__).stem:
+                raise ValueError(f"it was made by {info['script']}.py")
+            defaults = info["args"]
         except (OSError, ValueError, KeyError) as e:
-            fail(f"--resume: cannot read {run}/args.json ({type(e).__name__})")
-        if script != os.path.basename(sys.modules[cls.__module__].__file__):
-            fail(f"--resume: {run} was made by {script}")
-    args = tyro.cli(cls, description=description, default=cls(**{k: v for k, v in defaults.items() if k in known}))
-    for name in known - set(changeable) if run is not None else ():
-        if (value := getattr(args, name)) != defaults[name]:
+            fail(f"--resume {run}: {e}")
+    args = tyro.cli(cls, description=description, default=cls(**defaults))
+    free = "resume exp_name cuda compile num_threads num_workers track target_return total_timesteps eval_episodes "
+    free += "log_every save_every dataset"  # changing anything else would make it another run
+    for name in defaults if run is not None else ():
+        if (value := getattr(args, name)) != defaults[name] and name not in free.split():
             fail(f"--{name.replace('_', '-')} is {defaults[name]} in {run} and cannot change, got {value}")
     return args
 
 
-def start_run(args, device, step):  # shared
-    """Run directory (runs/{env_id}__{exp_name}__{seed}__{time}, or the resumed one) with args.json (flags, command,
+def start_run(args, subject, device, step=None):  # shared
+    """Run directory (runs/{subject}__{exp_name}__{seed}__{time}, or the resumed one) with args.json (flags, command,
     commit, versions, hardware) and the script, and its SummaryWriter. step: where a resumed run goes on."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    script = os.path.abspath(sys.modules[type(args).__module__].__file__)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    script = Path(sys.modules[type(args).__module__].__file__).resolve()
+    name = f"{subject}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
     run = args.resume or os.path.join("runs", name)
-    while not args.resume and os.path.exists(run):
-        run += "-1"
-    git = f"git -C {shlex.quote(os.path.dirname(script))} describe --always --dirty 2>/dev/null"
+    git = f"git -C {shlex.quote(str(script.parent))} describe --always --dirty 2>/dev/null"
     cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1]
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
-    info = dict(script=os.path.basename(script)[:-3], command=sys.argv, args=asdict(args) | {"resume": None})
-    info |= dict(commit=subprocess.getoutput(git) or "unknown", hardware=hardware)
-    info["versions"] = {m.__name__: m.__version__ for m in (torch, gym, np)} | {"python": sys.version.split()[0]}
+    info = dict(script=script.stem, command=sys.argv, args=asdict(args) | {"resume": None}, hardware=hardware)
+    info |= dict(commit=subprocess.getoutput(git) or "unknown", versions={"torch": torch.__version__})
     try:
-        os.makedirs(run, exist_ok=True)
+        os.makedirs(run, exist_ok=bool(args.resume))
         shutil.copy(script, run)
-        with open(os.path.join(run, "args.json"), "w", encoding="utf-8") as f:
-            json.dump(info, f, indent=1)
+        Path(run, "args.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
     except OSError as e:
         fail(f"cannot write {run}: {e}")
     if args.track:
         import wandb
 
-        name = os.path.basename(run)
-        wandb.init(project=args.track, name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True)
+        wandb.init(project=args.track, id=Path(run).name, resume="allow", config=vars(args), sync_tensorboard=True)
     return run, SummaryWriter(run, purge_step=step)
 
 
 def seed_everything(args, device):  # shared
     """Seeds, determinism, threads and the allocator of this process."""
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    torch.backends.cudnn.deterministic = args.torch_deterministic
     if device.type == "cpu":  # repeated indices in an assignment: the last one wins, also with several threads
         torch.use_deterministic_algorithms(args.torch_deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        # NOTE: glibc hands every large tensor back to the system when it is freed and faults its pages in again when
-        # the next one is made: a third of the CPU time of image models. Keep it (M_MMAP_MAX 0, M_TRIM_THRESHOLD 2 GB).
-        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-            ctypes.CDLL(None).mallopt(-4, 0)
-            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    # NOTE: glibc hands every large tensor back to the system when it is freed and faults its pages in again when the
+    # next one is made: a third of the CPU time of image models. Keep it (M_MMAP_MAX 0, M_TRIM_THRESHOLD 2 GB).
+    for option, value in ((-4, 0), (-1, 2**31 - 1)) if sys.platform == "linux" and device.type == "cpu" else ():
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def save_checkpoint(state, run):  # shared
@@ -1385,28 +1273,23 @@ def load_checkpoint(run):  # shared
 def set_rng_state(state):  # shared
     """Go on with the random numbers of a checkpoint."""
     torch.set_rng_state(state[0])
-    if len(state) == 1 + torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state[1:])
+    torch.cuda.set_rng_state_all(state[1 : 1 + torch.cuda.device_count()])
 
 
-class StopSignal:  # shared
-    """Remembers the first SIGTERM or Ctrl-C so that the main loop can save and leave; a second one kills at once."""
+def stop_signals():  # shared
+    """A list that gets the number of the first SIGTERM or Ctrl-C; a second one kills at once."""
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    return stop
 
-    def __init__(self):
-        self.signum = 0
-        signal.signal(signal.SIGTERM, self)
-        signal.signal(signal.SIGINT, self)
 
-    def __call__(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
-
-    def leave(self, run):
-        """Exit as the signal asks for, if there was one."""
-        if self.signum:
-            again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)}"
-            print(f"stopped by signal {self.signum}; to go on: {again}", flush=True)
-            raise SystemExit(128 + self.signum)
+def leave(run, stop):  # shared
+    """Exit as the signal asks for, if there was one. To be called after a checkpoint."""
+    if stop:
+        again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)}"
+        print(f"stopped by signal {stop[0]}; to go on: {again}", flush=True)
+        raise SystemExit(128 + stop[0])
 
 
 # ---- Agent: what the tools in benchmarks/ use ------------------------------------------------------------------------
@@ -1439,8 +1322,8 @@ class Agent:
         """What the decoder sees, as observations."""
         out = self.model.dec(h, z)
         for k, space in as_dict(self.space).items():
-            kinds = {np.uint8: lambda x: (x * 255).round(), np.float32: symexp, np.int64: lambda x: x.argmax(-1)}
-            out[k] = kinds[space.dtype.type](out[k]).cpu().numpy().astype(space.dtype)
+            x = (out[k] * 255).round() if space.dtype == np.uint8 else symexp(out[k])
+            out[k] = x.cpu().numpy().astype(space.dtype)
         return out if isinstance(self.space, spaces.Dict) else out["observation"]
 
     @torch.no_grad()
@@ -1477,8 +1360,8 @@ class Agent:
 
 def load(run, device="cpu"):
     """The Agent of a run directory."""
-    state, known = load_checkpoint(run), {f.name for f in fields(Args)}
-    args = Args(**{k: v for k, v in state["args"].items() if k in known})
+    state = load_checkpoint(run)
+    args = Args(**state["args"])
     env = make_env(args, args.seed)
     model = Dreamer(spaces.Dict(as_dict(env.observation_space)), env.action_space, model_config(args)).to(device)
     model.load_state_dict(state["learner"]["model"])
@@ -1491,37 +1374,27 @@ def load(run, device="cpu"):
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
-# What --resume may change; everything else would make it another run.
-CHANGEABLE = "exp_name preset cuda compile num_threads track save_replay resume target_return total_timesteps".split()
-CHANGEABLE += "eval_episodes eval_greedy log_every save_every replay_cuda".split()
-
 
 def check_args(args):
-    """What would end in a wrong result or an obscure error, before anything is created. Says what the agent sees."""
-    c, rows, stages = model_config(args), args.num_envs * (args.batch_length + 1), image_stages(max(6, args.image_size))
-    at_least = dict.fromkeys(
-        "num_envs batch_size batch_length imag_horizon eval_episodes log_every save_every".split(), 1
-    )
-    at_least |= dict(seed=0, buffer_size=rows, total_timesteps=max(args.learning_starts, rows) + 1)
-    at_least |= dict(train_ratio=1e-9, learning_rate=1e-12)
-    at_least |= {} if args.imag_starts is None else dict(imag_starts=1)
-    wrong = {k: f"at least {n}" for k, n in at_least.items() if not getattr(args, k) >= n}  # NaN is wrong, too
-    wrong |= {
-        k: "within 0 and 1" for k in ("gamma", "tau", "unimix", "sticky_actions") if not 0 <= getattr(args, k) <= 1
-    }
-    wrong |= {"bins": "odd, so that one atom is 0"} if c["bins"] % 2 == 0 else {}
-    wrong |= {"deter": f"a multiple of --blocks {c['blocks']}"} if c["deter"] % c["blocks"] else {}
-    wrong |= {"classes": "at most 256"} if c["classes"] > 256 else {}
-    wrong |= {"env_kwargs": "a JSON object"} if not args.env_kwargs.strip().startswith("{") else {}
-    if args.image_size % 2 ** len(stages) or not 3 <= args.image_size >> len(stages) <= 16:
-        wrong["image_size"] = f"a multiple of {2 ** len(stages)} within 8 and 256"
-    for name, wanted in wrong.items():
-        fail(f"--{name.replace('_', '-')} must be {wanted}, got {c.get(name, getattr(args, name))}")
+    """What would end in a wrong result or an obscure error, before anything is created. -> spaces of the agent."""
+    c, rows = model_config(args), args.num_envs * (args.batch_length + 1)
+    step = 2 ** len(image_stages(max(6, args.image_size)))
+    names = "num_envs batch_size batch_length imag_horizon eval_episodes log_every save_every train_ratio learning_rate"
+    rules = {name: (getattr(args, name) > 0, "more than 0") for name in names.split()}
+    rules |= {name: (0 <= getattr(args, name) <= 1, "within 0 and 1") for name in ("gamma", "tau", "unimix")}
+    rules["buffer_size"] = args.buffer_size >= rows, f"at least {rows}"
+    rules["total_timesteps"] = args.total_timesteps > max(args.learning_starts, rows), "beyond --learning-starts"
+    rules["deter"] = c["deter"] % c["blocks"] == 0, f"a multiple of --blocks {c['blocks']}"
+    rules["classes"] = c["classes"] <= 256, "at most 256"
+    rules["image_size"] = args.image_size % step == 0 and 3 <= args.image_size // step <= 16, f"a multiple of {step}"
+    for name, (good, wanted) in rules.items():
+        if not good:
+            fail(f"--{name.replace('_', '-')} must be {wanted}, got {c.get(name, getattr(args, name))}")
     try:
         env = make_env(args, args.seed)
     except Exception as e:  # whatever it is, the environment cannot be used: its own words, in one line
-        flag = f"--env-kwargs {args.env_kwargs}" if isinstance(e, json.JSONDecodeError) else f"--env-id {args.env_id}"
-        fail(f"{flag}: {' '.join(str(e).split()) or type(e).__name__}")
+        words = " ".join(f"--env-kwargs {args.env_kwargs} --seed {args.seed}: {type(e).__name__}: {e}".split())
+        fail(f"--env-id {args.env_id} {words}")
     print(f"{args.env_id} has observations {env.unwrapped.observation_space}")
     print(f"the agent sees {env.observation_space} (images: --image-size), acts in {env.action_space}")
     env.close()
@@ -1549,7 +1422,7 @@ def evaluate(args, act, key, name, stop):
         obs, reward, terminated, truncated, _ = envs.step(actions)
         returns, first = returns + reward * alive, terminated | truncated
         alive &= ~first
-        if stop.signum or not alive.any():
+        if stop or not alive.any():
             break
         if first.any():
             obs, _ = envs.reset(options={"reset_mask": first})
@@ -1565,49 +1438,32 @@ def make_replay(args, specs, device):
     N, T = args.num_envs, args.batch_length
     # Rows per environment. A run can fill two per agent step: an episode's end takes one more.
     capacity = -(-min(args.buffer_size, 2 * args.total_timesteps + N * (T + 1)) // N)
-    size = N * capacity * sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()) / 1e9
-    on_gpu = device.type == "cuda" and args.replay_cuda and size < 0.8 * torch.cuda.mem_get_info()[0] / 1e9
-    need, memory = size * (2 - on_gpu), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    need = N * capacity * sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+    on_gpu = device.type == "cuda" and need < 0.8 * torch.cuda.mem_get_info()[0]
+    memory, need = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), need * (2 - on_gpu)  # a checkpoint copies
     if need > memory:
-        need = f"replay and its copy for a checkpoint need {need:.0f} GB, this machine has {memory:.0f} GB"
-        fail(f"--buffer-size {args.buffer_size}: {need}: lower it, or on a laptop --preset cpu")
+        need = f"needs {need / 1e9:.0f} GB with its copy for a checkpoint, this machine has {memory / 1e9:.0f} GB"
+        fail(f"--buffer-size {args.buffer_size} {need}: lower it, or on a laptop --preset cpu")
     return Replay(capacity, N, specs, T, device if on_gpu else "cpu", args.seed)
-
-
-def log_line(args, c, writer, metrics, ended, mark):
-    """Metrics to TensorBoard, a line to the console. mark: time, steps, updates of the line before; -> the new one."""
-    now = time.time(), c.global_step, c.updates
-    seconds, steps, updates = (a - b for a, b in zip(now, mark, strict=True))
-    frames = c.global_step * (args.action_repeat or (4 if "ALE/" in args.env_id else 1))
-    charts = dict(SPS=steps / seconds, updates_per_s=updates / seconds, updates=c.updates, env_frames=frames)
-    for tag, value in (charts | metrics).items():
-        part = "charts" if tag in charts or tag == "learning_rate" else "losses"
-        writer.add_scalar(f"{part}/{tag}", float(value), c.global_step)
-    shown = f"{np.mean(ended):.1f} ({len(ended)} episodes)" if ended else "no episode ended since the last line"
-    line = f"global_step={c.global_step}, episodic_return={shown}, updates={c.updates}, SPS={charts['SPS']:.0f}"
-    print(line, flush=True)
-    return now
 
 
 def finish(args, c, agent, run, writer, stop):
     """Final evaluation on fresh episodes, result.json, and the self-check against --target-return."""
+    print(f"look at its dreams: python benchmarks/dreams.py {run}", flush=True)
     agent.seed(args.seed)
-    returns = evaluate(args, partial(agent.act, greedy=args.eval_greedy), 1, "evaluation", stop)
-    stop.leave(run)
+    returns = evaluate(args, agent.act, 1, "evaluation", stop)
+    leave(run, stop)
     score, std, target = float(returns.mean()), float(returns.std()), args.target_return
     writer.add_scalar("eval/episodic_return", score, c.global_step)
-    writer.add_scalar("eval/episodic_return_std", std, c.global_step)
     writer.close()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     memory = torch.cuda.max_memory_allocated() if agent.device.type == "cuda" else memory
     result = dict(run=run, episodic_return=score, episodic_return_std=std, returns=returns.tolist())
     result |= dict(random_return=c.random_return, train_return=float(np.mean(c.recent)) if c.recent else None)
     result |= dict(global_step=c.global_step, updates=c.updates, minutes=c.seconds / 60, peak_memory_gb=memory / 1e9)
-    with open(os.path.join(run, "result.json"), "w", encoding="utf-8") as f:
-        json.dump(result, f, indent=1)
+    Path(run, "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     verdict = "" if target is None else f", target {target:g}: {'reached' if score >= target else 'missed'}"
-    spread = f"+- {std:.1f} over {len(returns)} episodes"
-    print(f"episodic_return {score:.1f} {spread} (random {c.random_return:.1f}{verdict})")
+    print(f"episodic_return {score:.1f} +- {std:.1f} over {len(returns)} (random {c.random_return:.1f}{verdict})")
     if target is not None and not score >= target:
         raise SystemExit(1)
     return result
@@ -1625,18 +1481,13 @@ def train(args):
         model = Dreamer(spaces.Dict(as_dict(obs_space)), action_space, model_config(args))
     N, specs = args.num_envs, Replay.specs(as_dict(obs_space), model.pol.out_dim, model.config)
     replay = make_replay(args, specs, device)
-    run, writer = start_run(args, device, state and state["loop"]["global_step"] + 1)
-    stop, envs, learner = StopSignal(), make_envs(args, N, 0), Learner(model, args, device)
+    run, writer = start_run(args, args.env_id, device, state and state["loop"]["global_step"] + 1)
+    stop, envs, learner = stop_signals(), make_envs(args, N, 0), Learner(model, args, device)
     agent, ratio = Agent(model, args, obs_space, device), Ratio(args.train_ratio / args.batch_size / args.batch_length)
     parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in "enc dyn dec rew con pol val".split())
     print(f"run: {run} on {device}\nparameters: {count_params(model):,} ({parts})")
     print(f"replay: {N} x {replay.capacity:,} rows; {1 / ratio.ratio:g} agent steps per update", flush=True)
-    # What a checkpoint holds of the loop, c: counters, and of each environment the number of its episode and the
-    # actions since it began, from which --resume brings it back to where it was.
-    c = SimpleNamespace(
-        global_step=0, updates=0, seconds=0.0, recent=[], episode=[0] * N, history=[[] for _ in range(N)]
-    )
-    if state:
+    if state:  # each environment is brought back to where it was by the seed of its episode and the actions since then
         c, (obs, reward, first, carry) = SimpleNamespace(**state["loop"]), state["now"]
         learner.load_state_dict(state["learner"])
         replay.load_state_dict(state["replay"])
@@ -1653,17 +1504,17 @@ def train(args):
         action_space.seed(args.seed)
         draw = lambda obs, state, first: (np.stack([action_space.sample() for _ in first]), state)  # noqa: E731
         returns = evaluate(args, draw, 2, "random policy", stop)
-        if stop.signum:
-            raise SystemExit(128 + stop.signum)
-        c.random_return = float(returns.mean())
-        print(f"random policy: {c.random_return:.1f} +- {returns.std():.1f} over {len(returns)} episodes", flush=True)
+        if stop:
+            raise SystemExit(128 + stop[0])
+        print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes", flush=True)
+        c = SimpleNamespace(global_step=0, updates=0, seconds=0.0, recent=[], random_return=float(returns.mean()))
+        c.episode, c.history = [0] * N, [[] for _ in range(N)]  # number of the episode, actions since it began
         obs, _ = envs.reset(seed=[episode_seed(args, 0, i) for i in range(N)])
         reward, first, carry = np.zeros(N), np.ones(N, bool), None
     if args.compile:
         compile_model(model, learner)
-    never, ended, metrics, begun, spent = np.zeros(N, bool), [], {}, c.updates, 0.0
-    clock, start = time.process_time if device.type == "cpu" else time.time, time.time()
-    mark = start, c.global_step, c.updates
+    never, ended, metrics, start = np.zeros(N, bool), [], {}, time.time()
+    mark = start, c.global_step, c.updates  # of the last log line
 
     while c.global_step < args.total_timesteps:
         # Act: filter the observation into the latent state, sample an action; store both with what came before.
@@ -1692,47 +1543,36 @@ def train(args):
             reward = np.where(first, 0.0, reward)
 
         # Learn: one update per B*T / train_ratio agent steps.
-        began = clock()
         ready = c.global_step >= args.learning_starts and replay.sequences().sum()
         for _ in range(ratio(c.global_step) if ready else 0):
             batch, ids = replay.sample(args.batch_size)
             metrics, deter, stoch = learner.update({k: v.to(device) for k, v in batch.items()})
             replay.write_back(ids, deter, stoch)
             c.updates += 1
-            if args.compile and c.updates == begun + 4:  # what was not compiled by now (other batch sizes) runs eagerly
-                torch.compiler.set_stance("eager_on_recompile")
-            if device.type == "cpu":  # on a GPU this would wait for the device: there, when metrics are read
-                learner.check(f"step {c.global_step}, update {c.updates}")
-        spent += clock() - began
 
-        # Log and save. Metrics are read here only: reading waits for the device.
-        ending = stop.signum or c.global_step >= args.total_timesteps
-        log, save = (ending or c.global_step // n > (c.global_step - N) // n for n in (args.log_every, args.save_every))
-        if log or save:
+        # Log and save. On a GPU metrics are read here only: reading waits for the device.
+        ending = stop or c.global_step >= args.total_timesteps
+        log, save = (ending or c.global_step % every < N for every in (args.log_every, args.save_every))
+        if log or save or device.type == "cpu":
             learner.check(f"step {c.global_step}, update {c.updates}")
         if log:
-            mark = log_line(args, c, writer, metrics, ended, mark)
-            ended = []
+            seconds = time.time() - mark[0]
+            charts = dict(SPS=(c.global_step - mark[1]) / seconds, updates_per_s=(c.updates - mark[2]) / seconds)
+            for tag, value in (charts | metrics).items():
+                writer.add_scalar(f"{'charts' if tag in charts else 'losses'}/{tag}", float(value), c.global_step)
+            shown = f"{np.mean(ended):.1f} ({len(ended)} episodes)" if ended else "no episode ended since the last line"
+            line = f"global_step={c.global_step}, episodic_return={shown}, updates={c.updates}, SPS={charts['SPS']:.0f}"
+            print(line, flush=True)
+            mark, ended = (time.time(), c.global_step, c.updates), []
         if save:
             c.ratio, c.seconds, start = ratio.previous, c.seconds + time.time() - start, time.time()
             now = agent.tensors(obs), torch.as_tensor(reward), torch.as_tensor(first), carry
             parts = dict(learner=learner.state_dict(), replay=replay.state_dict(), now=now, loop=vars(c))
             save_checkpoint(parts | dict(script="dreamerv3", args=asdict(args)), run)
-        stop.leave(run)
+        leave(run, stop)
     envs.close()
-
-    print(f"{c.seconds / 60:.1f} minutes, {spent / max(1, c.updates - begun):.4f} seconds per update")
-    print(f"look at its dreams: python benchmarks/dreams.py {run}", flush=True)
     return finish(args, c, agent, run, writer, stop)
 
 
-def main(args):
-    """Returns the final metrics of a run; exits where it cannot go on."""
-    try:
-        return train(args)
-    except FloatingPointError as e:
-        raise SystemExit(f"{e}; ckpt.pt, if there is one, is from before it") from None
-
-
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__.split("\n\nDeviations")[0], CHANGEABLE))
+    train(parse_args(Args, PRESETS, __doc__.split("\n\nDeviations")[0]))

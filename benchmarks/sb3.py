@@ -80,7 +80,7 @@ def play(script, args, act, key, stop):
         for _ in range(args.max_episode_steps or 27_000):
             obs, reward, terminated, truncated, _ = env.step(act(obs))
             total += float(reward)
-            if terminated or truncated or stop.signum:
+            if terminated or truncated or stop:
                 break
         env.close()
         returns.append(total)
@@ -179,7 +179,7 @@ def make_callback(args, algo, run, writer, stop):
                 print(f"global_step={self.num_timesteps}, episodic_return={shown}, {pace}", flush=True)
             if self.passed(args.save_every):
                 save(self.model, algo, run)
-            return not stop.signum
+            return not stop
 
     return Watch()
 
@@ -197,20 +197,20 @@ def train(flags, script, args):
     model = build(algo, script, args, flags.resume)
     run = start_run(args, model.device, flags.resume)
     writer = SummaryWriter(run, purge_step=model.num_timesteps + 1 if flags.resume else None)
-    stop = script.StopSignal()
+    stop = script.stop_signals()
     print(f"run: {run}\nparameters: {sum(p.numel() for p in model.policy.parameters()):,}", flush=True)
     chance = random_policy(model.action_space, args.seed)
     random_returns = play(script, args, lambda obs: chance(obs, None, [True])[0][0], 2, stop)
     left = args.total_timesteps - model.num_timesteps
-    if left > 0 and not stop.signum:
+    if left > 0 and not stop:
         callback = make_callback(args, algo, run, writer, stop)
         model.learn(left, callback=callback, reset_num_timesteps=False)
         save(model, algo, run)
     returns = play(script, args, lambda obs: model.predict(obs, deterministic=algo == "dqn")[0], 1, stop)
-    if stop.signum:
+    if stop:
         writer.close()
-        print(f"stopped by signal {stop.signum} at step {model.num_timesteps}", flush=True)
-        raise SystemExit(128 + stop.signum)
+        print(f"stopped by signal {stop[0]} at step {model.num_timesteps}", flush=True)
+        raise SystemExit(128 + stop[0])
     score, std, chance = float(np.mean(returns)), float(np.std(returns)), float(np.mean(random_returns))
     writer.add_scalar("eval/episodic_return", score, model.num_timesteps)
     writer.add_scalar("eval/episodic_return_std", std, model.num_timesteps)

@@ -48,7 +48,6 @@ SCRIPTS = {
         usage=[
             ("--total-timesteps 20 --learning-starts 1000", ["--total-timesteps", "20"]),
             ("--deter 100 --blocks 8", None),
-            ("--bins 16", None),
             ("--image-size 21", None),
             ("--imag-horizon 0", None),
             ("--unimix 2", None),
@@ -321,7 +320,7 @@ def test_resume_of_what_is_no_run(script, trained):
 def test_a_preset_belongs_to_its_environment(script, spelled, monkeypatch):
     preset, other, names = script.elsewhere
     seen, mod = [], script.mod
-    monkeypatch.setattr(mod, "main", seen.append)
+    monkeypatch.setattr(mod, "train", seen.append)
     for argv in ([], spelled.format(other).split(), [*spelled.format(other).split(), "--env-kwargs", "{}"]):
         script.call("--preset", preset, *argv)
     own, moved, same_flags = seen

@@ -300,25 +300,25 @@ def test_encoder_pools_then_normalises_then_activates():
 
 def test_encoder_of_several_keys():
     box = Box(-np.inf, np.inf, (2,), np.float32)
-    enc, seen = d.Encoder(Dict(b=Discrete(4), c=box, a=box, i=image(16)), 8, 4, 1), []
+    enc, seen = d.Encoder(Dict(b=Box(0, 1, (4,), np.float32), c=box, a=box, i=image(16)), 8, 4, 1), []
     enc.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     a, c = torch.tensor([[[100.0, -5.0]]]), torch.tensor([[[0.5, 1e6]]])
-    obs = {"i": torch.zeros(1, 1, 16, 16, 3, dtype=torch.uint8), "c": c, "a": a, "b": torch.tensor([[2]])}
+    obs = {"i": torch.zeros(1, 1, 16, 16, 3, dtype=torch.uint8), "c": c, "a": a, "b": torch.tensor([[[0.0, 0, 1, 0]]])}
     one, two = enc(obs), enc(obs | {"a": a + 1})
-    near(seen[0], torch.cat([d.symlog(a), torch.tensor([[[0.0, 0, 1, 0]]]), d.symlog(c)], -1))  # sorted by name
+    near(seen[0], d.symlog(torch.cat([a, obs["b"], c], -1)))  # sorted by name
     assert one.shape[-1] == enc.out_dim == 8 + 16 * 12  # vector features come first
     assert torch.equal(one[..., 8:], two[..., 8:]) and not torch.equal(one[..., :8], two[..., :8])
 
 
 def test_decoder():
-    space = Dict(image=image(32), map=image(32, 1), number=Discrete(5), vector=Box(-9, 9, (7,), np.float32))
+    space = Dict(image=image(32), map=image(32, 1), vector=Box(-9, 9, (7,), np.float32))
     dec, seen = d.Decoder(space, 32, 6 * 4, 16, 4, 1, 4), []
     silu = dec.norms[0].silu
     dec.norms[0].silu = lambda x: (seen.append(x), silu(x))[1]
     h, z = torch.randn(1, 3, 32), torch.randn(1, 3, 6, 4)
     out = dec(h, z)
     shapes = {k: tuple(v.shape[2:]) for k, v in out.items()}
-    assert shapes == {"image": (32, 32, 3), "map": (32, 32, 1), "number": (5,), "vector": (7,)}
+    assert shapes == {"image": (32, 32, 3), "map": (32, 32, 1), "vector": (7,)}
     assert all(((out[k] > 0) & (out[k] < 1)).all() for k in ("image", "map"))  # sigmoid
     h[..., 8:16] += 1.0  # block 1 of 4 owns channels 4 to 7 of 16 at all positions
     dec(h, z)
@@ -332,8 +332,6 @@ def test_recon_loss_sums():
     assert (d.recon_loss(white, torch.full((2, 3, 64, 64, 3), 255, dtype=torch.uint8)) == 0).all()
     target = torch.tensor([[[math.e - 1, 0.0, -(math.e**2 - 1)]]])
     assert float(d.recon_loss(torch.zeros(1, 1, 3), target)) == pytest.approx(1 + 0 + 4, rel=1e-5)  # in symlog space
-    logits, number = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
-    near(d.recon_loss(logits, number), -torch.log_softmax(logits, -1).gather(-1, number[..., None])[..., 0])
 
 
 # ---- RSSM ------------------------------------------------------------------------------------------------------------
@@ -589,5 +587,5 @@ def test_update_on_bad_numbers_changes_no_parameter_and_is_reported():
     learner.update(batch | {"reward": batch["reward"] * math.nan})
     learner.update(batch)  # what comes after it changes nothing either
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
-    with pytest.raises(FloatingPointError, match="reward, replay_value"):
+    with pytest.raises(SystemExit, match="reward, replay_value"):
         learner.check()

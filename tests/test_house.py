@@ -19,7 +19,7 @@ SCRIPTS = sorted(os.path.join(ROOT, n) for n in os.listdir(ROOT) if n.endswith("
 # Lines in all, lines of code, at most. Scripts of the second shape have the limits of the house or, where one does not
 # fit, its real numbers (at most 15 % more); those that were not rewritten yet may only shrink.
 # dreamerv3.py is above its limit (1000, 750): its number may only shrink.
-SIZES = {"dreamerv3": (1738, 1198)}
+SIZES = {"dreamerv3": (1580, 1075)}
 # Parts of scripts of the second shape: lines of make_env, Agent, train and the docstring, code lines of what is shared.
 PARTS = dict(make_env=60, Agent=60, train=130, docstring=45, plumbing=90)
 OLD = {
@@ -93,8 +93,8 @@ def test_size(path):
 def test_parts(path):
     """Docstring, flags, maths ... environment, plumbing, Agent, train: in this order, and none longer than agreed."""
     nodes, lines = {n.name: n for n in tops(path)}, read(path).splitlines()
-    order = [n for n in nodes if n in ("Args", "make_env", "fail", "Agent", "train", "main")]
-    assert order == ["Args", "make_env", "fail", "Agent", "train", "main"]
+    order = [n for n in nodes if n in ("Args", "make_env", "fail", "Agent", "train")]
+    assert order == ["Args", "make_env", "fail", "Agent", "train"]
     texts = {name: "\n".join(lines[n.lineno - 1 : n.end_lineno]) for name, n in nodes.items()}
     found = {name: size(texts[name])[0] for name in ("make_env", "Agent", "train")}
     found |= {"plumbing": sum(size(text)[1] for text in shared(path).values())}

@@ -1559,7 +1559,8 @@ def train(args):
             seconds = time.time() - mark[0]
             charts = dict(SPS=(c.global_step - mark[1]) / seconds, updates_per_s=(c.updates - mark[2]) / seconds)
             for tag, value in (charts | metrics).items():
-                writer.add_scalar(f"{'charts' if tag in charts else 'losses'}/{tag}", float(value), c.global_step)
+                part = "charts" if tag in charts or tag == "learning_rate" else "losses"
+                writer.add_scalar(f"{part}/{tag}", float(value), c.global_step)
             shown = f"{np.mean(ended):.1f} ({len(ended)} episodes)" if ended else "no episode ended since the last line"
             line = f"global_step={c.global_step}, episodic_return={shown}, updates={c.updates}, SPS={charts['SPS']:.0f}"
             print(line, flush=True)

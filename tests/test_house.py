@@ -157,7 +157,7 @@ def unmarked(paths):
 # What every script has under the same name and fills in its own way: how it is used, not what it is made of.
 INTERFACE = set(
     "Args main train evaluate_run report check_args probe_env load_agent agent_policy DreamEnv open_loop play "
-    "count_params make_env make_envs Agent load evaluate".split()
+    "count_params make_env make_envs make_replay make_config model_config Agent load evaluate finish".split()
 )
 # Functions of the algorithms that bear one name in the literature but are two: IRIS's codes are nearest by distance and
 # its loss is a function of its own; Genie's are nearest by cosine, and the loss comes with them. Random play of World

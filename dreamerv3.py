@@ -1551,8 +1551,9 @@ def train(args):
             c.updates += 1
 
         # Log and save. On a GPU metrics are read here only: reading waits for the device.
-        ending = stop or c.global_step >= args.total_timesteps
-        log, save = (ending or c.global_step % every < N for every in (args.log_every, args.save_every))
+        over = c.global_step >= args.total_timesteps
+        log, save = (over or c.global_step % every < N for every in (args.log_every, args.save_every))
+        save = save or stop
         if log or save or device.type == "cpu":
             learner.check(f"step {c.global_step}, update {c.updates}")
         if log:

@@ -140,14 +140,14 @@ SMALL = dict(
     num_elites=16, num_pi_trajs=8, learning_rate=1e-3, num_threads=1, compile=False)
 PRESETS = dict(
     full=dict(),
-    # A laptop: 130 thousand parameters, a quarter of the samples, half of the iterations, a larger learning rate.
+    # A laptop: 184 thousand parameters, a quarter of the samples, half of the iterations, a larger learning rate.
     cpu=SMALL | dict(
         env_id="Pendulum-v1", action_repeat=2, total_timesteps=1_500, learning_starts=500, log_every=100,
         save_every=500),
-    # The decisions of planet_cem.py and dreamerv3.py in the result table: action repeat 8, 125 decisions an episode.
+    # As many decisions as planet_cem.py has in its CPU preset: action repeat 8, 125 an episode, 5 episodes at random.
     cpu_cartpole=SMALL | dict(
-        env_id="dm_control/cartpole-swingup-v0", action_repeat=8, total_timesteps=10_000, learning_starts=1_000,
-        log_every=500, save_every=2_500),
+        env_id="dm_control/cartpole-swingup-v0", action_repeat=8, total_timesteps=1_625, learning_starts=625,
+        log_every=125, save_every=1_000),
 )
 # fmt: on
 
@@ -184,9 +184,9 @@ def symexp(x):
 
 def two_hot(x, bins):
     """Two-hot encoding of symlog(x), x (...): (..., K) with weight on the two bins around it. bins (K,)."""
-    place = (symlog(x).clamp(bins[0], bins[-1]) - bins[0]) / (bins[1] - bins[0])
-    lower = place.floor().clamp(max=len(bins) - 2)  # the last bin's lower neighbour, so that it needs no wrap-around
-    weight, index = (place - lower).unsqueeze(-1), lower.long().unsqueeze(-1)
+    x = symlog(x).clamp(bins[0], bins[-1])
+    index = (torch.searchsorted(bins, x.contiguous(), right=True) - 1).clamp(max=len(bins) - 2)
+    weight, index = ((x - bins[index]) / (bins[index + 1] - bins[index])).unsqueeze(-1), index.unsqueeze(-1)
     target = torch.zeros(*x.shape, len(bins), device=x.device)
     return target.scatter_(-1, index, 1 - weight).scatter_(-1, index + 1, weight)
 
@@ -209,7 +209,7 @@ def simnorm(x, dim=8):
 
 
 class Mish(torch.autograd.Function):
-    """x tanh(softplus(x)) = x - 2 x / ((1 + e^x)^2 + 1), which is three times faster on a CPU than torch's own."""
+    """x tanh(softplus(x)) = x - 2 x / ((1 + e^x)^2 + 1), three times faster on a CPU than torch's own."""
 
     @staticmethod
     def forward(ctx, x):
@@ -323,9 +323,10 @@ class EnsembleLinear(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(n, o, i)), nn.Parameter(torch.zeros(n, o))
         self.ln = nn.ParameterDict({"weight": torch.ones(n, o), "bias": torch.zeros(n, o)}) if norm else None
 
-    def activate(self, x, pick):
-        """LayerNorm and Mish of (rows, members, o)."""
-        return mish(torch.addcmul(self.ln["bias"][pick], F.layer_norm(x, x.shape[-1:]), self.ln["weight"][pick]))
+    def activate(self, x, pick, axis):
+        """LayerNorm and Mish of x (rows, members, o), axis 0, or (members, rows, o), axis 1."""
+        weight, bias = (self.ln[k][pick].unsqueeze(axis) for k in ("weight", "bias"))
+        return mish(torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight))
 
 
 class Ensemble(nn.ModuleList):
@@ -341,11 +342,11 @@ class Ensemble(nn.ModuleList):
         lead, (first, *rest) = z.shape[:-1], self
         weight = first.weight[pick]  # the input is common to all members: one matrix product
         x = joint(z.flatten(0, -2), a.flatten(0, -2), weight.flatten(0, 1), first.bias[pick].flatten())
-        x = first.activate(F.dropout(x, dropout).unflatten(1, (len(weight), -1)), pick)  # (rows, members, width)
+        x = first.activate(F.dropout(x, dropout).unflatten(1, (len(weight), -1)), pick, 0).transpose(0, 1)
         for layer in rest:
-            x = torch.baddbmm(layer.bias[pick].unsqueeze(1), x.transpose(0, 1), layer.weight[pick].mT).transpose(0, 1)
-            x = x if layer.ln is None else layer.activate(x, pick)
-        return x.transpose(0, 1).unflatten(1, lead)
+            x = torch.baddbmm(layer.bias[pick].unsqueeze(1), x, layer.weight[pick].mT)  # (members, rows, o)
+            x = x if layer.ln is None else layer.activate(x, pick, 1)
+        return x.unflatten(1, lead)
 
 
 class PixelEncoder(nn.Sequential):
@@ -422,23 +423,22 @@ def count_params(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def load_weights(model, path):
-    """Fill a model from a file: the authors' checkpoints (both of their formats), or a ckpt.pt of this script."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state["learner"]["model"] if "learner" in state else state.get("model", state)
+def rename(state, model):
+    """The authors' state dict (both of their formats), or that of a ckpt.pt, as one of `model`; ValueError if it does
+    not fit."""
     names, own = ("weight", "bias", "ln.weight", "ln.bias"), {}
     for name, value in state.items():
         name = name.removeprefix("_").replace("encoder.state.", "encoder.").replace("encoder.rgb.", "encoder.")
         name = name.replace("target_Qs_params.", "target_Qs.").replace("Qs.params.", "Qs.")
-        parts = name.split(".")
-        if "Qs" in parts[0] and len(parts) == 2 and parts[1].isdigit():  # the older format counts tensors, not layers
-            name = f"{parts[0]}.{int(parts[1]) // 4}.{names[int(parts[1]) % 4]}"
+        net, *rest = name.split(".")
+        if "Qs" in net and len(rest) == 1 and rest[0].isdigit():  # the older format counts tensors, not layers
+            name = f"{net}.{int(rest[0]) // 4}.{names[int(rest[0]) % 4]}"
         own[name] = value
     target = model.state_dict()
     wrong = [k for k, v in target.items() if k not in own or own[k].shape != v.shape]
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(target)} tensors do not fit, such as {wrong[0]}")
-    model.load_state_dict({k: own[k] for k in target})
+        raise ValueError(f"{len(wrong)} of {len(target)} tensors are missing or of other shape, such as {wrong[0]}")
+    return {k: own[k] for k in target}
 
 
 # ---- Planning --------------------------------------------------------------------------------------------------------
@@ -855,21 +855,16 @@ def leave(run, stop):  # shared
 
 class Agent:
     """A model behind the interface that all scripts share. Observations and actions are numpy, batch first; states are
-    tuples of tensors, batch first. The model has no decoder: what it sees is its latent as a picture, `self.space`."""
+    tuples of tensors, batch first. The model has no decoder: what it sees and dreams are latents, `dream_space`."""
 
     def __init__(self, model, args, gamma, device="cpu"):
         self.model, self.args, self.gamma, self.device = model, args, gamma, device
         self.plan = lambda x: plan(model, model.encoder(x["obs"]), x["mean"], args, gamma)
-        self.space = spaces.Box(0, 255, self.picture(torch.zeros(1, model.latent_dim)).shape[1:], np.uint8)
+        self.dream_space = spaces.Box(0, 1, (model.latent_dim,), np.float32)
 
     def seed(self, seed):
         """Its noise comes from torch's generator."""
         torch.manual_seed(int(seed))
-
-    def picture(self, z):
-        """Latents (..., L) as images (..., L / 8, 8, 3) uint8: a row per group of SimNorm, bright where it is large."""
-        x = (z.unflatten(-1, (-1, GROUP)) * 255).round().byte()
-        return x.unsqueeze(-1).expand(*x.shape, 3).cpu().numpy()
 
     @torch.no_grad()
     def act(self, obs, state, first, greedy=False):
@@ -887,18 +882,18 @@ class Agent:
 
     @torch.no_grad()
     def observe(self, obs, actions):
-        """obs (N, T, ...) -> the latent of the last one (nothing is filtered: it has no memory), all as pictures."""
+        """obs (N, T, ...) -> the latent of the last one (nothing is filtered: it has no memory), and of all."""
         z = self.model.encoder(torch.as_tensor(np.asarray(obs), device=self.device))
-        return (z[:, -1],), self.picture(z)
+        return (z[:, -1],), z.cpu().numpy()
 
     @torch.no_grad()
     def imagine(self, state, actions):
-        """One imagined transition of N dreams -> state, reward (N,), alive (N,), the latent as a picture."""
+        """One imagined transition of N dreams -> state, reward (N,), alive (N,), latents."""
         a, model = torch.as_tensor(np.asarray(actions), device=self.device).float(), self.model
         reward = two_hot_inv(model.reward(state[0], a), model.bins_at)
         z = model.dynamics(state[0], a)
         alive = torch.ones(len(z)) if model.termination is None else 1 - torch.sigmoid(model.termination(z)[..., 0])
-        return (z,), reward.cpu().numpy(), alive.cpu().numpy(), self.picture(z)
+        return (z,), reward.cpu().numpy(), alive.cpu().numpy(), z.cpu().numpy()
 
 
 def load(run, device="cpu"):
@@ -1016,7 +1011,9 @@ def train(args):
         model = WorldModel(space, action_space.shape[0], model_config(args))
     if args.init_from and not args.resume:
         try:
-            load_weights(model, args.init_from)
+            weights = torch.load(args.init_from, map_location="cpu", weights_only=True)
+            weights = weights["learner"]["model"] if "learner" in weights else weights.get("model", weights)
+            model.load_state_dict(rename(weights, model))
         except Exception as e:
             fail(f"--init-from {args.init_from}: {type(e).__name__}: {str(e).splitlines()[0]}")
     capacity = -(-min(args.buffer_size, 2 * args.total_timesteps + 10 * N) // N)

@@ -44,7 +44,9 @@ class DreamEnv(gym.Env):
         self.script, self.agent = load_run(run, device, instead="play")
         self.max_steps, self.context, self.render_mode = max_steps, context, render_mode
         self.real = self.script.make_env(self.agent.args, seed=0)  # reset() gives it the seed that counts
-        self.observation_space, self.action_space = self.real.observation_space, self.real.action_space
+        # A model without a decoder dreams of its latents.
+        self.observation_space = getattr(self.agent, "dream_space", self.real.observation_space)
+        self.real_space, self.action_space = self.real.observation_space, self.real.action_space
         self.state = None  # of the model; None before the first reset
 
     def reset(self, *, seed=None, options=None):
@@ -93,18 +95,16 @@ class DreamEnv(gym.Env):
     def given(self, options):
         """Observations and actions of reset's options, checked."""
         observations, actions = options["observations"], options.get("actions", ())
-        spaces = getattr(self.observation_space, "spaces", {None: self.observation_space})
+        spaces = getattr(self.real_space, "spaces", {None: self.real_space})
         arrays = observations if isinstance(observations, dict) else {None: observations}
         if set(arrays) != set(spaces):
-            raise ValueError(f"observations must have the form of {self.observation_space}, got keys {list(arrays)}")
+            raise ValueError(f"observations must have the form of {self.real_space}, got keys {list(arrays)}")
         arrays = {k: np.asarray(v, spaces[k].dtype) for k, v in arrays.items()}
         lengths = {len(v) if v.ndim else 0 for v in arrays.values()}
         T = max(lengths)
         if len(lengths) > 1 or not T or any(v.shape[1:] != spaces[k].shape for k, v in arrays.items()):
             found = {k or "observations": v.shape for k, v in arrays.items()}
-            raise ValueError(
-                f"observations must be (T, ...) with T > 0 and entries of {self.observation_space}: {found}"
-            )
+            raise ValueError(f"observations must be (T, ...) with T > 0 and entries of {self.real_space}: {found}")
         if np.shape(actions)[1:] != self.action_space.shape and T > 1 or len(actions) not in (T - 1, T):
             raise ValueError(
                 f"{T} observations need {T - 1} or {T} actions of {self.action_space}: {np.shape(actions)}"

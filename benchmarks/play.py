@@ -34,6 +34,8 @@ class Game:
 
     def agent_action(self):
         """NOTE: asked for at every step, also while a human plays: agents with a memory must see everything."""
+        if hasattr(self.env.agent, "dream_space"):  # it cannot act on latents
+            return self.env.action_space.sample()
         first = np.array([self.memory is None and self.env.steps == 0])
         actions, self.memory = self.env.agent.act(stack([self.obs]), self.memory, first)
         return actions[0]

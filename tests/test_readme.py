@@ -24,7 +24,7 @@ import common  # noqa: E402
 import report  # noqa: E402
 
 OLD = {name: rows for name, rows in (SCRIPTS | {"genie_lam": GENIE}).items() if name != "dreamerv3"}
-ALL = [*OLD, "dreamerv3", "ha2018_carracing", "ijepa"]
+ALL = [*OLD, "dreamerv3", "tdmpc2", "ha2018_carracing", "ijepa"]
 TEXTS = ["README.md", *sorted(os.path.join("docs", n) for n in os.listdir(os.path.join(ROOT, "docs")))]
 INSTALL = "pip install -r requirements.txt && "
 TINY = (

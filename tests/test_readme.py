@@ -24,7 +24,7 @@ import common  # noqa: E402
 import report  # noqa: E402
 
 OLD = {name: rows for name, rows in (SCRIPTS | {"genie_lam": GENIE}).items() if name != "dreamerv3"}
-ALL = [*OLD, "dreamerv3", "tdmpc2", "ha2018_carracing", "ijepa"]
+ALL = [*OLD, "dreamerv3", "tdmpc2", "dyna", "ha2018_carracing", "ijepa"]
 TEXTS = ["README.md", *sorted(os.path.join("docs", n) for n in os.listdir(os.path.join(ROOT, "docs")))]
 INSTALL = "pip install -r requirements.txt && "
 TINY = (
@@ -105,7 +105,7 @@ def parse(name, argv):
     try:
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(err), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            args = tyro.cli(mod.Args, args=argv, default=mod.Args(**mod.PRESETS.get(preset, {})))
+            args = tyro.cli(mod.Args, args=argv, default=mod.Args(**getattr(mod, "PRESETS", {}).get(preset, {})))
             if hasattr(mod, "check_ranges") and not (args.resume or args.evaluate or getattr(args, "play", None)):
                 mod.check_ranges(args, mod.RANGES)
     except SystemExit as e:

@@ -1,9 +1,6 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = [
-#     "numpy>=2", "tyro>=1", "pillow>=10", "matplotlib>=3.9",
-#     "gymnasium[box2d,classic-control]>=1.3,<2",
-# ]
+# dependencies = ["numpy>=2", "tyro>=1", "pillow>=10", "matplotlib>=3.9", "gymnasium[box2d,classic-control]>=1.3,<2"]
 # ///
 """Dyna: integrated planning, acting and learning, with a table as the world model.
 Sutton, ICML 1990; Sutton and Barto, Reinforcement Learning, 2nd ed. (2018), chapter 8.
@@ -43,7 +40,6 @@ from gymnasium import spaces
 from PIL import Image
 
 
-# fmt: off
 @dataclass
 class Args:
     env_id: str = "DynaMaze-v0"  # any gymnasium id with Discrete observations and actions
@@ -61,7 +57,6 @@ class Args:
     exp_name: str = "dyna"  # part of the run directory's name
     experiment: Optional[Literal["figure_8_2", "figure_8_4", "figure_8_5", "example_8_4"]] = None  # of the textbook
     runs: Optional[int] = None  # repetitions of an experiment (None: the textbook's)
-# fmt: on
 
 
 # ---- Mazes -----------------------------------------------------------------------------------------------------------
@@ -115,11 +110,8 @@ def shortest_path(maze):
 class Maze(gym.Env):
     """A gridworld of the textbook; states are numbered row by row."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
-
-    def __init__(self, maze=DYNA, after=None, change=0, render_mode=None):
-        self.maze, self.after, self.change, self.clock = maze, after, change, 0
-        self.columns, self.render_mode = len(maze[0]), render_mode
+    def __init__(self, maze=DYNA, after=None, change=0):
+        self.maze, self.after, self.change, self.clock, self.columns = maze, after, change, 0, len(maze[0])
         self.observation_space, self.action_space = spaces.Discrete(len(maze) * self.columns), spaces.Discrete(4)
 
     def reset(self, *, seed=None, options=None):
@@ -133,9 +125,6 @@ class Maze(gym.Env):
             self.maze, self.after = self.after, None
         self.place, reward, done = maze_step(self.place, action, self.maze)
         return self.place[0] * self.columns + self.place[1], reward, done, False, {}
-
-    def render(self):
-        return picture(self.maze, at=self.place)
 
 
 for name, kwargs in MAZES.items():
@@ -301,19 +290,18 @@ def value_iteration(P, R, gamma, tolerance=1e-12):
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def picture(maze, Q=None, at=None):
-    """Values from white to blue, walls grey, in red the greedy path or where the agent is: (H, W, 3) uint8."""
+def picture(maze, Q):
+    """Values from white to blue, walls grey, in red the greedy path: (H, W, 3) uint8."""
     image = np.full((len(maze), len(maze[0]), 3), 255, np.uint8)
-    if Q is not None:
-        value = np.array(Q).max(1).reshape(image.shape[:2])
-        image[..., :2] = (255 * (1 - value / max(value.max(), 1e-9)))[..., None]
+    value = np.array(Q).max(1).reshape(image.shape[:2])
+    image[..., :2] = (255 * (1 - value / max(value.max(), 1e-9)))[..., None]
     for mark, color in (("#", (110, 110, 110)), ("S", (250, 220, 60)), ("G", (60, 180, 90))):
         for i, j in cells(maze, mark):
             image[i, j] = color
     size = 40
     image = image.repeat(size, 0).repeat(size, 1)
     image[::size], image[:, ::size] = 200, 200
-    for i, j in [at] if Q is None else greedy_path(Q, maze):
+    for i, j in greedy_path(Q, maze):
         image[i * size + 14 : (i + 1) * size - 14, j * size + 14 : (j + 1) * size - 14] = 200, 40, 40
     return image
 

@@ -497,6 +497,7 @@ def world_model_loss(model, batch, args, gamma):
         target_z = model.encoder(obs[1:])  # (H, B, L)
         value = model.two_q(target_z, model.act(target_z)[0], model.target_Qs).amin(0)
         target = td_target(reward, terminated, value, gamma)  # (H, B)
+    torch.clear_autocast_cache()  # NOTE: bfloat16 copies of weights made above carry no gradients
     zs = [model.encoder(obs[0])]
     for a in action.unbind():
         zs.append(model.dynamics(zs[-1], a))

@@ -220,6 +220,23 @@ def test_an_update_moves_what_it_should():
     assert zs.grad is None and loss.requires_grad
 
 
+def test_bfloat16_trains_everything():
+    model, _, args = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = t.world_model_loss(model, batch_of(model), args, 0.9)
+    sum(losses.values()).backward()
+    trained = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("pi.")]
+    assert all(p.grad is not None for p in trained) and model.encoder[0].weight.grad.abs().max() > 0
+    with torch.no_grad():
+        torch.manual_seed(3)
+        plain, _ = t.world_model_loss(model, batch_of(model), args, 0.9)
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses, _ = t.world_model_loss(model, batch_of(model), args, 0.9)
+    for name, value in losses.items():
+        near(value.float(), plain[name], rtol=0.03, atol=1e-3)
+
+
 def test_learning_a_constant_reward():
     model, learner, args = make(learning_rate=3e-3)
     for _ in range(150):

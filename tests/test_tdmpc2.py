@@ -306,3 +306,41 @@ def test_stretches_stay_inside_episodes_and_are_uniform():
     other.load_state_dict(replay.state_dict())
     a, b = replay.sample(8, 2), other.sample(8, 2)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- Environments ----------------------------------------------------------------------------------------------------
+
+
+def test_deepmind_control_is_a_vector_with_action_repeat_2():
+    args = t.Args()
+    env = t.make_env(args, seed=3)
+    obs, _ = env.reset(seed=5)
+    assert env.observation_space.contains(obs) and obs.shape == (24,) and env.action_space.shape == (6,)
+    assert t.episode_length(args, env) == 500 and t.discount(500) == pytest.approx(0.99)
+    steps, over = 0, False
+    while not over:
+        *_, terminated, truncated, info = env.step(np.zeros(6, np.float32))
+        steps, over = steps + 1, terminated or truncated
+    assert steps == 500 and truncated and not terminated and info["episode"]["l"] == 500
+    again, _ = t.make_env(args, seed=9).reset(seed=5)
+    assert np.array_equal(obs, again)
+
+
+def test_pixels_are_three_frames():
+    env = t.make_env(t.Args(env_id="Pendulum-v1", pixels=True), seed=3)
+    before, _ = env.reset(seed=5)
+    after, *_ = env.step(np.ones(1, np.float32))
+    assert env.observation_space.contains(after) and after.shape == (64, 64, 9)
+    assert np.array_equal(after[..., :6], before[..., 3:]) and not np.array_equal(after[..., 6:], before[..., 6:])
+
+
+def test_actions_reach_the_bounds_and_never_leave_them():
+    env = t.make_env(t.Args(env_id="Pendulum-v1"), seed=3)
+    sent = []
+    env.unwrapped.step, real = lambda a: (sent.append(a), real(a))[1], env.unwrapped.step
+    env.reset(seed=5)
+    for action in (-1, 1, 7, 0.5):
+        env.step(np.array([action], np.float32))
+    assert [float(a[0]) for a in sent] == [-2, 2, 2, 1]
+    with pytest.raises(ValueError, match="Discrete"):
+        t.make_env(t.Args(env_id="CartPole-v1"), seed=0)

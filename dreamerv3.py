@@ -549,9 +549,11 @@ class RSSM(nn.Module):
 
     def weights(self):
         """The parts of core_in that see the block's own h, [h, z] and the action. Made once per sequence: slicing a
-        weight inside the loop would cost its gradient a copy of the whole tensor at every step."""
-        x = self.in_h.linears[0].out_features
-        own, shared = self.core_in.weight.split([self.deter // self.blocks, 3 * x], 1)
+        weight inside the loop would cost its gradient a copy of the whole tensor at every step, and autocast, which
+        remembers copies of whole parameters only, one in bfloat16."""
+        x, kind = self.in_h.linears[0].out_features, self.core_in.weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        own, shared = self.core_in.weight.to(dtype).split([self.deter // self.blocks, 3 * x], 1)
         norm = torch.stack([self.in_h.norms[0].weight, self.in_z.norms[0].weight])  # (2, X)
         return own, *shared.transpose(0, 1).flatten(1).tensor_split([2 * x]), norm  # (2X, D), (X, D)
 
@@ -596,7 +598,7 @@ class RSSM(nn.Module):
         row 0. Returns h (B, T, D), z (B, T, S, C) and the posterior's log-probabilities (B, T, S, C)."""
         w, keep, z, steps = self.weights(), 1 - is_first.float().unsqueeze(-1), z.flatten(1), []
         # Only what depends on h or z stays in the loop; tokens and actions go through their layers as one batch.
-        post, token = self.post_in.weight.tensor_split([self.deter], 1)
+        post, token = self.post_in.weight.to(w[0].dtype).tensor_split([self.deter], 1)
         token = F.linear(tokens, token, self.post_in.bias).float()  # (B, T, X)
         action = self.embed_action(actions * keep, w)  # (B, T, D). NOTE: a reset zeroes the previous action too
         noise = torch.rand(*is_first.T.shape, self.stoch, device=tokens.device, generator=generator)  # (T, B, S)

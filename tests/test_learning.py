@@ -34,7 +34,7 @@ RUNS = {
     # seeds 1 to 4: training (8 episodes with exploration noise, the first after 500 updates) 321, 314, 281, 292; final
     # evaluation 359, 407, 413, 482; random 123 to 141, and single random episodes up to 230
     "planet-swingup": ("planet_cem", ["--preset", "cpu"], 200.0, 250.0, 180.0),
-    # seeds 1 to 4: final evaluation -179, -143, -141, -179; random -1060 to -1319
+    # seeds 1 to 4: final evaluation -206, -144, -141, -179; random -1060 to -1319
     "tdmpc2-pendulum": ("tdmpc2", ["--preset", "cpu"], -500.0, -400.0, -800.0),
     # seeds 1 to 4: training 164, 166, 245, 206; final evaluation 500, 500, 256, 500; random 17 to 24
     "muzero-cartpole": ("muzero", ["--preset", "cpu"], 100.0, 195.0, 50.0),

@@ -197,7 +197,7 @@ def train(flags, script, args):
     model = build(algo, script, args, flags.resume)
     run = start_run(args, model.device, flags.resume)
     writer = SummaryWriter(run, purge_step=model.num_timesteps + 1 if flags.resume else None)
-    stop = script.stop_signals()
+    stop = load_script("dreamerv3").stop_signals()  # long scripts have a class of another form
     print(f"run: {run}\nparameters: {sum(p.numel() for p in model.policy.parameters()):,}", flush=True)
     chance = random_policy(model.action_space, args.seed)
     random_returns = play(script, args, lambda obs: chance(obs, None, [True])[0][0], 2, stop)

@@ -12,6 +12,7 @@ FIRST = "genie-minatar ha2018-dream ha2018-car dreamerv3-minatar iris-catch diam
 LONG = "test_faults test_ijepa_faults test_ijepa_numbers test_environments test_benchmarks".split()
 
 
+@pytest.hookimpl(tryfirst=True)  # NOTE: pytest-xdist's own hook reads the marks, so they must be there before it
 def pytest_collection_modifyitems(items):
     """Two workers (pytest-xdist, see pyproject.toml) take groups of tests in turns: a training run with all tests of it
     is one, any other file is one."""

@@ -325,3 +325,11 @@ def test_ruff_finds_nothing():
     for command in (["check", "."], ["format", "--check", "."]):
         done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_groups_of_tests_hold(request):
+    """pytest-xdist marks a test of a group in its id (conftest.py gives every test one); without it each training of
+    test_learning.py would be made by both workers."""
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("one process")
+    assert request.node.nodeid.endswith("@test_house")

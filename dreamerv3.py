@@ -198,7 +198,7 @@ def model_config(args):
 
 
 def symlog(x):
-    """sign(x) ln(|x| + 1), eq. 9: compresses large values, identity near 0."""
+    """sign(x) ln(|x| + 1) (DreamerV3, eq. 9): compresses large values, identity near 0."""
     return torch.log1p(x.clamp(min=0)) - torch.log1p(torch.relu(-x))  # with slope 1 at 0, where sign(x) would give 0
 
 

@@ -26,7 +26,6 @@ Deviations from the paper and the authors' code (reasons and details: docs/tdmpc
   * Only the two members of the Q ensemble that are drawn are computed where two are drawn (same distribution).
   * Several environments are planned as one batch; an update follows each decision, as with one.
   * An episode can be replayed while it is still going on; the authors' buffer waits for its end.
-  * The policy's loss sees Q without dropout switched off, as the authors' does; planning and targets are without it.
 Multi-task training (task embeddings, the 317M offline runs) is not here; the sizes are.
 
 Symbols in shape comments:
@@ -173,7 +172,7 @@ GROUP, DROPOUT, BINS = 8, 0.01, 101  # size of SimNorm's groups; dropout in the 
 
 
 def symlog(x):
-    """sign(x) ln(|x| + 1), eq. 9: compresses large values, identity near 0."""
+    """sign(x) ln(|x| + 1) (DreamerV3, eq. 9): compresses large values, identity near 0."""
     return torch.log1p(x.clamp(min=0)) - torch.log1p(torch.relu(-x))  # with slope 1 at 0, where sign(x) would give 0
 
 
@@ -298,7 +297,7 @@ class NormedLinear(nn.Linear):
         return mish(x) if self.groups is None else simnorm(x, self.groups)
 
 
-class MLP(nn.Sequential):
+class NormedMLP(nn.Sequential):
     """NormedLinear layers and a plain Linear, or a last NormedLinear with SimNorm."""
 
     def __init__(self, i, widths, o, groups=None):
@@ -382,12 +381,12 @@ class WorldModel(nn.Module):
             self.encoder = PixelEncoder(obs_space.shape, 32, groups)
         else:
             hidden = [c["enc_dim"]] * max(c["enc_layers"] - 1, 1)
-            self.encoder = MLP(obs_space.shape[0], hidden, L, groups)
+            self.encoder = NormedMLP(obs_space.shape[0], hidden, L, groups)
         self.latent_dim, self.action_dim = L, action_dim
-        self.dynamics = MLP(L + action_dim, [M, M], L, groups)
-        self.reward = MLP(L + action_dim, [M, M], K)
-        self.termination = MLP(L, [M, M], 1) if c["episodic"] else None
-        self.pi = MLP(L, [M, M], 2 * action_dim)
+        self.dynamics = NormedMLP(L + action_dim, [M, M], L, groups)
+        self.reward = NormedMLP(L + action_dim, [M, M], K)
+        self.termination = NormedMLP(L, [M, M], 1) if c["episodic"] else None
+        self.pi = NormedMLP(L, [M, M], 2 * action_dim)
         self.Qs = Ensemble(c["num_q"], L + action_dim, M, K)
         for module in self.modules():
             if isinstance(module, (nn.Linear, EnsembleLinear)):
@@ -457,7 +456,7 @@ def estimate_value(model, z, actions, gamma):
 
 @torch.no_grad()
 def plan(model, z, mean, args, gamma, greedy=False):
-    """MPPI (section 3.2): latents z (N, L), means (N, H, A) of the last plans -> actions (N, A), new means."""
+    """MPPI: latents z (N, L), means (N, H, A) of the last plans -> actions (N, A), new means."""
     N, S, P = len(z), args.num_samples, args.num_pi_trajs
     prior, last = [], z.unsqueeze(1).expand(-1, P, -1)
     for _ in range(args.horizon):
@@ -484,8 +483,8 @@ def plan(model, z, mean, args, gamma, greedy=False):
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
 
-def world_model_loss(model, batch, args, gamma):
-    """Consistency, reward, value and termination losses (eq. 3 and 4) of a batch {name: (H+1, B, ...)}. Returns them
+def latent_loss(model, batch, args, gamma):
+    """Consistency, reward, value and termination losses of a batch {name: (H+1, B, ...)}. Returns them
     and the latents (H+1, B, L)."""
     obs, action, (reward, terminated) = (
         batch["obs"],
@@ -513,7 +512,7 @@ def world_model_loss(model, batch, args, gamma):
 
 
 def policy_loss(model, zs, scale, args):
-    """Maximum-entropy policy on latents zs (H+1, B, L), without gradients to them or to Q: eq. 5."""
+    """Maximum-entropy policy on latents zs (H+1, B, L), without gradients to them or to Q."""
     action, entropy, scaled = model.act(zs)
     q = model.two_q(zs, action, dropout=DROPOUT).mean(0)  # (H+1, B)
     scale.update(q[0])
@@ -545,7 +544,7 @@ class Learner:
     def update(self, batch):
         """One step of both optimizers on a batch {name: (H+1, B, ...)}. Returns metrics."""
         with self.autocast():
-            losses, zs = world_model_loss(self.model, batch, self.args, self.gamma)
+            losses, zs = latent_loss(self.model, batch, self.args, self.gamma)
         metrics = {k: v.detach() for k, v in losses.items()}
         metrics["grad_norm"] = self.step(self.opt, self.params, sum(self.coefs[k] * v for k, v in losses.items()))
         self.model.Qs.requires_grad_(False)  # the policy's loss moves the policy alone

@@ -195,7 +195,7 @@ def test_ensemble_is_its_members():
 def test_consistency_weighs_later_steps_less():
     model, _, args = make()
     batch = batch_of(model)
-    losses, zs = t.world_model_loss(model, batch, args, 0.9)
+    losses, zs = t.latent_loss(model, batch, args, 0.9)
     target = model.encoder(batch["obs"][1:]).detach()
     error = (zs[1:] - target).square().mean((1, 2))
     near(losses["consistency"], (error * torch.tensor([1, 0.5, 0.25])).sum() / 3)
@@ -223,16 +223,16 @@ def test_an_update_moves_what_it_should():
 def test_bfloat16_trains_everything():
     model, _, args = make()
     with torch.autocast("cpu", torch.bfloat16):
-        losses, _ = t.world_model_loss(model, batch_of(model), args, 0.9)
+        losses, _ = t.latent_loss(model, batch_of(model), args, 0.9)
     sum(losses.values()).backward()
     trained = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("pi.")]
     assert all(p.grad is not None for p in trained) and model.encoder[0].weight.grad.abs().max() > 0
     with torch.no_grad():
         torch.manual_seed(3)
-        plain, _ = t.world_model_loss(model, batch_of(model), args, 0.9)
+        plain, _ = t.latent_loss(model, batch_of(model), args, 0.9)
         torch.manual_seed(3)
         with torch.autocast("cpu", torch.bfloat16):
-            losses, _ = t.world_model_loss(model, batch_of(model), args, 0.9)
+            losses, _ = t.latent_loss(model, batch_of(model), args, 0.9)
     for name, value in losses.items():
         near(value.float(), plain[name], rtol=0.03, atol=1e-3)
 

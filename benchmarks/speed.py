@@ -79,12 +79,15 @@ def dreamerv3_parts(script, args, obs_space, action_space, device):
 def planet_cem_parts(script, args, obs_space, action_space, device):
     import torch
 
+    space, A, shape = obs_space["observation"], action_space.shape[0], (args.batch_length, args.batch_size)
     with torch.device(device):
-        model = script.Planet(obs_space, action_space.shape[0], {k: getattr(args, k) for k in script.SHAPES})
-    shape = args.batch_length, args.batch_size
-    batch = random_batch(script.ReplayBuffer.specs(obs_space, action_space.shape[0]), shape, device, {})
+        model = script.Planet(space, A, args)
+    learner = script.Learner(model, args, device)
+    learner.agent = agent = script.Agent(model, args, space, device)
+    specs = {"obs": (space.shape, getattr(torch, space.dtype.name)), "action": ((A,), torch.float32)}
+    batch = random_batch(specs | {"reward": ((), torch.float32)}, shape, device, {})
     batch |= {"action": batch["action"].clamp(-1, 1), "mask": torch.ones(shape, device=device)}
-    return model, script.ModelLearner(model, args, device), batch, script.compile_planner
+    return model, learner, batch, lambda model, learner: script.compile_model(model, learner, agent)
 
 
 def muzero_parts(script, args, obs_space, action_space, device):
@@ -361,10 +364,12 @@ def spaces_of(kind, size, discrete):
     return obs, gym.spaces.Discrete(6) if discrete else box
 
 
-def make_policy(script, model, device, args, obs_space):
+def make_policy(script, model, learner, device, args, obs_space):
     """The script's policy: obs, first, state -> actions, state. Some take their flags as a third argument."""
     import inspect
 
+    if hasattr(learner, "agent"):
+        return lambda obs, first, state: learner.agent.act(obs["observation"], state, first)
     if hasattr(script, "Agent"):
         agent = script.Agent(model, args, obs_space, device)
         return lambda obs, first, state: agent.act(obs, state, first)
@@ -431,7 +436,7 @@ def one(order):
     out = dict(parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
     batch_size = getattr(args, "batch_size", None) or args.vae_batch_size
     out["samples"] = batch_size * getattr(args, "batch_length", getattr(args, "seq_len", 1))
-    policy, num_envs = make_policy(script, model, device, args, obs_space), order["num_envs"] or args.num_envs
+    policy, num_envs = make_policy(script, model, learner, device, args, obs_space), order["num_envs"] or args.num_envs
     if compiled:
         import torch._inductor.config
 
@@ -442,7 +447,7 @@ def one(order):
     for _ in range(WARM_UP - 1):
         last = learner.update(batch)
     out["last"] = losses_of(last)
-    learner.check()
+    learner.check(*([last, "the end"] if hasattr(learner, "agent") else []))
     out["seconds_per_update"] = median_seconds(lambda: learner.update(batch), device, threads, order["seconds"])
     if device.type == "cuda":
         out["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

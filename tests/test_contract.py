@@ -38,6 +38,15 @@ def tdmpc2_rows(state):
     return named | {"is_first": first, "is_last": torch.roll(first, -1, 1)}
 
 
+def planet_rows(state):
+    """Whole episodes, one after the other, as if from one environment. Ends are not stored: the model has none."""
+    lengths, rows = state["replay"]["lengths"], state["replay"]["rows"]
+    first = torch.zeros(1, sum(lengths), dtype=torch.bool)
+    first[0, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
+    named = {"obs/observation": rows["obs"][None], "reward": rows["reward"][None], "is_first": first}
+    return named | {"is_last": torch.roll(first, -1, 1), "is_terminal": torch.zeros_like(first)}
+
+
 # tiny: flags of a run of the whole code path in a second: 192 agent steps in 2 environments, checkpoints at 32, 64 ...,
 #   an update every 8 steps from step 16 on. update: the method that makes one update, with the learner as `self`.
 # plant: a parameter whose NaN shows in the loss `term`. resize: a flag that would make it another network.
@@ -45,7 +54,8 @@ def tdmpc2_rows(state):
 # elsewhere: (preset, another environment, flags that must not follow it there).
 # rows: the stored rows of a checkpoint, {name: (env, row, ...)}.
 # Where a script differs: stub: faults that the stub always has; skip: cases that mean nothing to it, by a word of
-# theirs; at: updates at which tests kill (twice), stop or poison a run; short: flags for episodes of one step.
+# theirs; at: updates at which tests kill (twice), stop or poison a run; short: flags for episodes of one step; side: of
+# small images; ends: whether ends are stored.
 
 SCRIPTS = {
     "dreamerv3": dict(
@@ -67,6 +77,33 @@ SCRIPTS = {
         resize="--deter 32",
         elsewhere=("cpu_pixels", "CartPole-v1", ["env_kwargs"]),
         rows=lambda state: state["replay"]["rows"],
+    ),
+    "planet_cem": dict(
+        # 6 updates after each episode
+        tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 192 --belief-size 8 --state-size 4 --hidden-size 8 "
+        "--reward-units 8 --reward-layers 1 --cnn-depth 4 --batch-size 2 --batch-length 4 --plan-horizon 2 "
+        "--plan-iterations 1 --plan-candidates 6 --plan-elites 2 --seed-episodes 1 --initial-updates 6 "
+        "--updates-per-episode 6 --action-repeat 1 --log-every 16 --save-every 32 --eval-episodes 2",
+        update=("Learner", "update"),
+        plant=lambda learner: learner.model.reward[-1].bias,
+        term="reward",
+        usage=[
+            ("--total-timesteps 20 --seed-episodes 1 --max-episode-steps 20", ["--total-timesteps", "20"]),
+            ("--image-size 21", ["--image-size", "16, 32, 64"]),
+            ("--plan-elites 7", None),
+            ("--plan-horizon 0", None),
+            ("--bits 0", None),
+            ("--buffer-size 3", None),
+            ("--env-id CartPole-v1 --env-kwargs {}", ["Discrete(2)", "dreamerv3.py"]),
+        ],
+        resize="--belief-size 16",
+        elsewhere=("cpu_pixels", "Pendulum-v1", ["env_kwargs"]),
+        rows=planet_rows,
+        stub=dict(action="box"),
+        skip=["discrete"],
+        at=dict(kills=(9, 14), stop=9, poison=9),
+        side=16,
+        ends=False,
     ),
     "tdmpc2": dict(
         # as many updates as steps from step 16 on
@@ -130,6 +167,7 @@ class Script:
     def __init__(self, name):
         self.name, self.path, self.mod = name, str(ROOT / f"{name}.py"), importlib.import_module(name)
         self.skip, self.short, self.at = [], [], dict(kills=(9, 8), stop=7, poison=6)
+        self.side, self.ends = 8, True
         own = dict(SCRIPTS[name])
         self.stubbed = own.pop("stub", {})
         self.__dict__.update(own)
@@ -349,14 +387,15 @@ def test_resume_of_what_is_no_run(script, trained):
     files = lambda: {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in pathlib.Path().rglob("*")}  # noqa: E731
     os.makedirs("empty")
     info = json.loads(pathlib.Path(trained, "args.json").read_text())
-    for folder, change in (("other", dict(script="planet_cem")), ("young", {})):  # without a checkpoint yet
+    other = "iris" if script.name != "iris" else "dreamerv3"
+    for folder, change in (("other", dict(script=other)), ("young", {})):  # without a checkpoint yet
         os.makedirs(folder)
         pathlib.Path(folder, "args.json").write_text(json.dumps(info | change))
     before = files()
     for argv, words in (
         ("nowhere", ["--resume", "nowhere"]),
         ("empty", ["--resume", "empty"]),
-        ("other", ["--resume", "other", "planet_cem.py"]),
+        ("other", ["--resume", "other", f"{other}.py"]),
         ("young", ["young"]),
         ("trained --seed 2", ["--seed", "1", "2"]),
         ("trained --env-id CartPole-v1", ["--env-id", STUB, "CartPole-v1"]),
@@ -535,7 +574,7 @@ def stored(script, run, env=0):
 def test_truncated_is_not_terminated(script, end):
     faults = dict(length=None, spread=0) | {end: 5}
     assert script.run("--total-timesteps", 64, **faults).code == 0
-    rows, terminal = stored(script, only_run()), float(end == "length")
+    rows, terminal = stored(script, only_run()), float(end == "length" and script.ends)
     # Row t of an episode: observation t, the reward that came with it, and its flags.
     episode = [(t, t, t == 0, t == 5, terminal * (t == 5)) for t in range(6)]
     assert rows[:36] == (episode * 6)[:36]
@@ -543,7 +582,7 @@ def test_truncated_is_not_terminated(script, end):
 
 def test_episodes_of_one_step(script):
     assert script.run("--total-timesteps", 64, *script.short, length=1, spread=0).code == 0
-    assert stored(script, only_run())[:64] == [(0, 0, 1, 0, 0), (1, 1, 0, 1, 1)] * 32
+    assert stored(script, only_run())[:64] == [(0, 0, 1, 0, 0), (1, 1, 0, 1, script.ends)] * 32
     assert {v for _, v in scalars(only_run())["charts/episodic_length"]} == {1}
 
 
@@ -583,7 +622,7 @@ def test_spaces_that_are_handled(script, monkeypatch, obs, action):
     """To the end, and stopped and resumed in between: everything is in the checkpoint."""
     if any(action.startswith(word) for word in script.skip):
         pytest.skip("means nothing to this script")
-    flags, spaces = ["--total-timesteps", 64, "--image-size", 8], dict(obs=obs, action=action)
+    flags, spaces = ["--total-timesteps", 64, "--image-size", script.side], dict(obs=obs, action=action, length=20)
     result = script.run(*flags, **spaces)
     assert result.code == 0 and np.isfinite(outcome(only_run())["episodic_return"]), result.err
     whole = shutil.move(only_run(), "whole")

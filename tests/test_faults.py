@@ -47,39 +47,6 @@ STUB = "stub_env:Stub-v0"
 #   more than its checkpoint holds. pictures: steps of the plots in TensorBoard with --report-every 48.
 # flags: every flag the script has. Removing or renaming one breaks its users: think twice before editing the list.
 SCRIPTS = {
-    # One collection of 2 environments is 16 agent steps. Update 1 follows the first, two more each of the other five.
-    "planet_cem": dict(
-        tiny="--preset cpu --no-cuda --no-pixels --num-envs 2 --total-timesteps 96 --seed-episodes 2 "
-        "--initial-updates 1 --updates-per-episode 1 --belief-size 8 --state-size 4 --hidden-size 8 --reward-units 8 "
-        "--reward-layers 1 --cnn-depth 2 --batch-size 2 --batch-length 4 --plan-horizon 3 --plan-iterations 2 "
-        "--plan-candidates 8 --plan-elites 2 --log-every 16 --save-every 32 --report-every 0 --eval-episodes 2 "
-        "--image-size 16 --target-return None",
-        train_instance=1,
-        update=("ModelLearner", "update"),
-        plant=lambda learner: learner.model.reward[-1].bias,
-        term="reward",
-        faults=dict(action="box", length=8),
-        spaces=[("vector", "box_inf"), ("image", "box"), ("pair", "box")],
-        state="learner replay rng episodes recent updates global_step count due pending stride episode_length "
-        "random_return returns metrics context",
-        exact_stop=True,
-        early="ends episodes early",
-        resize=("--belief-size", "8", "16"),
-        rich=dict(obs="pair", length=16),
-        extra=["--overshooting", "3"],
-        pictures=[48, 96],
-        other="Pendulum-v1",
-        chatty="--total-timesteps 280 --log-every 1 --save-every 10000 --buffer-size 100 --max-episode-steps 1 "
-        "--num-envs 1 --seed-episodes 1 --plan-horizon 1 --plan-iterations 1",
-        flags="action-noise action-repeat adam-eps batch-length batch-size belief-size bf16 bits buffer-size "
-        "capture-video cnn-depth compile cuda env-id env-kwargs eval-episodes evaluate exp-name fast-render "
-        "hidden-size image-size initial-updates kl-free kl-scale learning-rate log-every max-episode-steps "
-        "max-grad-norm min-stddev num-envs num-threads overshooting overshooting-scale pixels plan-bf16 "
-        "plan-candidates plan-elites plan-horizon plan-iterations play preset recon-scale replay-cuda "
-        "report-every resume reward-layers reward-loss-scale reward-scale reward-units save-every save-replay "
-        "seed seed-episodes state-size target-return torch-deterministic total-timesteps track "
-        "updates-per-episode wandb-entity wandb-project-name",
-    ),
     "muzero": dict(
         tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 96 --learning-starts 16 --hidden 8 --latent 4 "
         "--support 5 --unroll-steps 2 --td-steps 3 --num-simulations 3 --batch-size 4 --train-ratio 0.14 --channels 4 "
@@ -467,10 +434,7 @@ USAGE = [
     (
         "10-image",
         [dict(obs="image"), "--image-size", "21"],
-        {
-            "planet_cem": ["--image-size must be one of 16, 32, 64, got 21"],
-            "iris": ["--image-size must be a multiple of", "got 21: remainder 5"],
-        },
+        {"iris": ["--image-size must be a multiple of", "got 21: remainder 5"]},
     ),
     ("10-elites", ["--plan-elites", "9"], ["--plan-elites 9 is more than --plan-candidates 8"]),
     (
@@ -487,12 +451,6 @@ USAGE = [
     ("13-module", ["--env-id", "no_such_module:Stub-v0"], ["--env-id", "no_such_module"]),
     ("14-box2d", ["--env-id", "CarRacing-v2"], ["--env-id", "CarRacing-v3"]),
     ("14-ale", ["--env-id", "ALE/Pong-v4"], ["--env-id", "v5"]),
-    ("16-discrete", [dict(action="discrete")], {"planet_cem": ["--env-id", STUB, "needs Box actions", "Discrete(3)"]}),
-    (
-        "16-cartpole",
-        ["--env-id", "CartPole-v1"],
-        {"planet_cem": ["--env-id CartPole-v1", "Box actions", "Discrete(2)"]},
-    ),
     ("17-multi", [dict(action="multidiscrete")], ["--env-id", STUB, "Discrete", "MultiDiscrete([2 3])"]),
     ("17-dict", [dict(action="dict")], ["--env-id", STUB, "Discrete", "Dict('a': Discrete(2))"]),
     ("18-grey2d", [dict(obs="grey2d")], ["--env-id", STUB, "uint8 (16, 16)", "height, width"]),
@@ -503,20 +461,10 @@ USAGE = [
     (
         "18-numbers",
         [dict(obs="discrete")],
-        {
-            "planet_cem": ["--env-id", STUB, "'observation' is Discrete(5)"],
-            "iris": ["--env-id", STUB, "must be one image", "'observation' Discrete(5)", "--pixels"],
-        },
+        {"iris": ["--env-id", STUB, "must be one image", "'observation' Discrete(5)", "--pixels"]},
     ),
     ("18-vector", [dict(obs="vector")], {"iris": ["--env-id", STUB, "must be one image", "(3,)", "--pixels"]}),
-    (
-        "19-numbers",
-        [dict(obs="dict")],
-        {
-            "planet_cem": ["--env-id", STUB, "'discrete' is Discrete(5)"],
-            "iris": ["must be one image", "'discrete'", "'image'", "'vector'"],
-        },
-    ),
+    ("19-numbers", [dict(obs="dict")], {"iris": ["must be one image", "'discrete'", "'image'", "'vector'"]}),
     ("33-init-from", ["--init-from", "nowhere.pt"], ["--init-from nowhere.pt: no such file"]),
     ("33-lpips", ["--lpips-weights", "nowhere.pth"], ["--lpips-weights nowhere.pth: no such file"]),
     (
@@ -854,50 +802,6 @@ def handmade_episodes(lengths):
                 actions[instance].append(np.array([a for _, _, a, _ in episode[1:]]))
     assert len({len(e) for e in episodes.values()}) == 1
     return tuple([e for turn in zip(*x.values()) for e in turn] for x in (episodes, actions))
-
-
-@only_for("planet_cem")
-@pytest.mark.parametrize("ending", ["length", "truncate_at"])
-@pytest.mark.parametrize("stagger, buffer, kept", [(0, 1000, 24), (1, 1000, 22), (1, 30, 5)])
-def test_57_58_stored_episodes(script, ending, stagger, buffer, kept):
-    """Every stored row as made by hand, whether episodes terminate or are truncated: the last observation is the true
-    one, not that of the next episode. With `stagger` they end one after the other: what an environment does while it
-    waits for the others is neither stored nor counted. Of a replay that is full the oldest episodes are missing."""
-    faults = dict(length=None, reward="count", stagger=stagger) | {ending: 4 - stagger}
-    result = script.run("--buffer-size", buffer, faults=faults)
-    assert result.code == 0, result.err
-    assert ("ends episodes early" in result.out) == (ending == "length")
-    lengths = {script.train_instance + e: 4 + e * stagger for e in range(2)}  # 3 + 1 * 1 and 3 + 2 * 1, or 4 and 4
-    stored, led = stored_episodes(only_run())
-    expected, taken = handmade_episodes(lengths)
-    assert len(stored) == kept and stored == expected[-kept:]
-    low, high = stub_env.ACTIONS["box"].low, stub_env.ACTIONS["box"].high
-    for mine, theirs in zip(led, taken[-kept:], strict=True):
-        assert (mine[0] == 0).all() and (abs(mine) <= 1).all()  # nothing led to the first row
-        assert np.allclose(low + (mine[1:] + 1) / 2 * (high - low), theirs, atol=1e-6)
-    steps, found = sum(len(e) - 1 for e in expected), scalars(only_run())
-    assert load(only_run())["global_step"] == steps and steps - sum(lengths.values()) < 96 <= steps
-    assert {v for _, v in found["charts/episodic_length"]} == set(lengths.values())
-    assert {v for _, v in found["charts/episodic_return"]} == {n * (n + 1) / 2 for n in lengths.values()}
-
-
-@only_for("planet_cem")
-@pytest.mark.parametrize("argv, faults", [([], dict(length=1)), (["--max-episode-steps", "8"], dict(length=None))])
-def test_57_replay_holds_all_episodes(script, argv, faults):
-    """--buffer-size is cut to what --total-timesteps can fill, whether the length of episodes is known or not."""
-    assert script.run(*argv, faults=faults).code == 0
-    state = load(only_run())
-    assert sum(n - 1 for n in state["replay"]["lengths"]) == state["global_step"] == 96
-    assert len(state["replay"]["lengths"]) == state["count"]
-
-
-@only_for("planet_cem")
-def test_57_planning_begins_after_the_random_episodes(script):
-    """3 random episodes in 2 environments are 4; the first updates come after them."""
-    result = script.run("--seed-episodes", "3", "--initial-updates", "7", "--updates-per-episode", "2")
-    assert result.code == 0, result.err
-    updates = [int(n) for n in re.findall(r"global_step=\d+, .*updates=(\d+)", result.out)]
-    assert updates == [0, 7, 11, 15, 19, 23]
 
 
 @only_for("diamond")
@@ -1430,41 +1334,6 @@ def test_47_48_stopped_and_resumed_is_as_if_unbroken(script, unbroken, monkeypat
         result = script.call("--resume", run)
     assert result.code == 0 and not waiting, result.err
     as_if_unbroken(script, run, unbroken)
-
-
-@only_for("planet_cem")
-def test_47_48_stopped_in_a_test_episode(script, monkeypatch):
-    """The same for the test episodes of --report-every, whose environment comes after those of training."""
-    flags = ["--report-every", "48"]
-    assert script.run(*flags).code == 0
-    unbroken = os.rename("runs", "unbroken") or os.path.join("unbroken", *os.listdir("unbroken"))
-    waiting = stop_once(script, monkeypatch, [(2, 3)])
-    result = script.run(*flags)
-    assert result.code == 143 and not waiting and "Traceback" not in result.err, result.err
-    assert load(only_run())["global_step"] == 48
-    next_second(only_run())
-    assert script.call("--resume", only_run()).code == 0
-    as_if_unbroken(script, only_run(), unbroken)
-    assert os.listdir(os.path.join(only_run(), "videos")) == os.listdir(os.path.join(unbroken, "videos"))
-
-
-@only_for("planet_cem")
-def test_48_resume_without_the_replay(script, monkeypatch):
-    """--no-save-replay: what was learned stays, experience begins anew with random episodes."""
-    waiting = stop_once(script, monkeypatch, [("update", 6)])
-    assert script.run("--no-save-replay").code == 143 and not waiting
-    run = only_run()
-    before = load(run)
-    assert before["replay"] is None and (before["global_step"], before["updates"]) == (64, 6)
-    next_second(run)
-    result = script.call("--resume", run, "--save-replay")
-    assert result.code == 0, result.err
-    assert (
-        len([line for line in result.out.splitlines() if line.startswith("warning: this run was saved without")]) == 1
-    )
-    state = load(run)
-    assert (state["global_step"], state["count"], state["replay"]["lengths"]) == (96, 12, [9, 9, 9, 9])
-    assert state["updates"] == 6 + 1 + 2  # those after the random episodes, and after one planned pair
 
 
 # ---- Environments that fail ------------------------------------------------------------------------------------------

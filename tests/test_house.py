@@ -19,7 +19,7 @@ SCRIPTS = sorted(os.path.join(ROOT, n) for n in os.listdir(ROOT) if n.endswith("
 # Lines in all, lines of code, at most. Scripts of the second shape have the limits of the house or, where one does not
 # fit, its real numbers (at most 15 % more); those that were not rewritten yet may only shrink.
 # dreamerv3.py (1000, 750) and tdmpc2.py (800, 600) are above their limits: their numbers may only shrink.
-SIZES = {"dreamerv3": (1582, 1072), "tdmpc2": (1125, 798)}
+SIZES = {"dreamerv3": (1582, 1072), "planet_cem": (1123, 762), "tdmpc2": (1125, 798)}
 # Parts of scripts of the second shape: lines of make_env, Agent, train and the docstring, code lines of what is shared.
 PARTS = dict(make_env=60, Agent=60, train=130, docstring=45, plumbing=90)
 TABLES = {"dyna": (460, 321)}  # without torch: no plumbing, no seam; its limit is (400, 280)
@@ -30,7 +30,6 @@ OLD = {
     "ijepa": (2208, 1543),
     "iris": (2683, 1881),
     "muzero": (2951, 2109),
-    "planet_cem": (2197, 1547),
 }
 
 
@@ -158,12 +157,13 @@ def unmarked(paths):
 # What every script has under the same name and fills in its own way: how it is used, not what it is made of.
 INTERFACE = set(
     "Args main train evaluate_run report check_args probe_env load_agent agent_policy DreamEnv open_loop play "
-    "count_params make_env make_envs make_replay make_config model_config Agent load evaluate finish".split()
+    "count_params make_env make_envs make_replay make_config model_config compile_model plan Agent load evaluate "
+    "finish".split()
 )
 # Functions of the algorithms that bear one name in the literature but are two: IRIS's codes are nearest by distance and
 # its loss is a function of its own; Genie's are nearest by cosine, and the loss comes with them. Random play of World
 # Models holds its actions, elsewhere it draws new ones at every step.
-HOMONYMS = {"vector_quantize", "random_policy", "two_hot", "Learner", "Replay"}
+HOMONYMS = {"vector_quantize", "random_policy", "two_hot", "Learner", "Replay", "RSSM"}
 
 
 def two_meanings(paths):

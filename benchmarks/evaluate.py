@@ -6,6 +6,9 @@ Every episode has its own environment and a seed that follows from --seed, so th
 of the seeds is one of training's. Written into each run: eval-STEP.json, with --greedy eval-STEP-greedy.json, and with
 --video eval-episode.gif: the first episode as the environment draws it, or its numbers as bars with their names.
 
+Board games are played against --opponent, from either seat by chance: random, one_ply (wins at once or prevents a loss
+at once if it can) or perfect (tic-tac-toe only). A return is 1 for a win, 0 for a draw, -1 for a loss.
+
 Exit code 1 if a run's mean stays below --target-return. Spreads behind +- are standard deviations over episodes; the
 standard error (se) says how exactly the mean of the random policy is known.
 """
@@ -13,6 +16,7 @@ standard error (se) says how exactly the mean of the random policy is known.
 import inspect
 import os
 
+import boards
 import common
 import numpy as np
 from common import at_least, fail, random_policy, stack
@@ -67,7 +71,8 @@ def evaluate(run, args, device):
     """Play, write and print; returns the mean."""
     script, agent = common.load_run(run, device, instead="evaluate")
     act, env_seeds = policy_of(agent, args, run), common.seeds(args.seed, KEY, n=args.episodes)
-    envs = [script.make_env(agent.args, seed=s) for s in env_seeds]
+    more = {"opponent": boards.opponent(script, agent.args.env_id, args.opponent)} if args.opponent else {}
+    envs = [script.make_env(agent.args, seed=s, **more) for s in env_seeds]
     try:
         agent.seed(args.seed)
         returns, lengths, frames = play(envs, act, env_seeds, run, args.video)
@@ -81,9 +86,10 @@ def evaluate(run, args, device):
     result |= dict(returns=returns.tolist(), lengths=lengths.tolist(), random_return=float(random_returns.mean()))
     result |= dict(random_standard_error=standard_error(random_returns), random_returns=random_returns.tolist())
     result |= dict(env_id=agent.args.env_id, global_step=agent.global_step, seed=args.seed, greedy=args.greedy)
-    result |= dict(temperature=args.temperature)
+    result |= dict(temperature=args.temperature, opponent=args.opponent)
     name = f"eval-{agent.global_step}" + "-greedy" * args.greedy
     name += f"-temperature-{args.temperature:g}" if args.temperature is not None else ""
+    name += f"-{args.opponent}" if args.opponent else ""
     common.write_json(result, os.path.join(run, name + ".json"))
     if args.video:
         save_gif(frames, path := os.path.join(run, "eval-episode.gif"), fps=15)
@@ -103,6 +109,7 @@ def main(argv=None):
     parser.add_argument("--episodes", type=at_least(1), default=10, help="of each run (default: 10)")
     parser.add_argument("--greedy", action="store_true", help="the most likely actions instead of sampled ones")
     parser.add_argument("--temperature", type=at_least(0, float), help="of the policy, for agents that have one")
+    parser.add_argument("--opponent", choices=["random", "one_ply", "perfect"], help="board games: whom it meets")
     parser.add_argument("--video", action="store_true", help="also write the first episode as a GIF")
     parser.add_argument("--target-return", type=float, help="exit with code 1 below this mean")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the episodes and the policy (default: 0)")

@@ -6,13 +6,16 @@ The picture is what the model dreams; the line below it shows the dreamed reward
 episode goes on. The keys are printed at the start; m hands over to the run's agent and back. Where there is no display
 (or with --gif) RUN/eval-dream.gif is written instead: the agent acting in the dream, --steps steps, one dream after
 another.
+
+Runs of a board game are played in the terminal, you against the agent.
 """
 
 import os
 import sys
 
+import boards
 import numpy as np
-from common import Parser, Progress, at_least, choose_device, fail, run_tool, stack
+from common import Parser, Progress, at_least, choose_device, fail, load_run, run_tool, stack
 from dream_env import DreamEnv
 from pictures import caption, draw, save_gif
 
@@ -127,6 +130,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.gif or headless) and not os.access(args.run, os.W_OK):
         fail(f"{args.run}: no such folder, or it cannot be written to")
+    script, agent = load_run(args.run, choose_device(args.no_cuda), instead="play")
+    if agent.args.env_id in getattr(script, "GAMES", {}):
+        boards.against_agent(script, agent)
+        return 0
     env = DreamEnv(args.run, device=choose_device(args.no_cuda))
     try:
         game = Game(env, args.seed)

@@ -1,6 +1,6 @@
 """How fast the tree search of muzero.py is, beside mctx, DeepMind's search library in JAX, where that is installed.
 
-    python benchmarks/search.py                                  # 64 trees of 18 actions, 50 simulations, one thread
+    python benchmarks/search.py                                  # 64 trees of 4 and of 18 actions, 50 simulations
     python benchmarks/search.py --trees 8 64 512 --actions 2 18 --kinds puct gumbel --name search
 
 Both search the same trees, with the same small network for dynamics and prediction (64 numbers of latent state, two
@@ -149,9 +149,9 @@ def cells(row):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--trees", type=at_least(1), nargs="+", default=[64], help="trees at once (default: 64)")
-    parser.add_argument("--actions", type=at_least(2), nargs="+", default=[18], help="actions (default: 18)")
+    parser.add_argument("--actions", type=at_least(2), nargs="+", default=[4, 18], help="actions (default: 4 18)")
     parser.add_argument("--simulations", type=at_least(1), default=50, help="per tree (default: 50)")
-    parser.add_argument("--kinds", nargs="+", choices=["puct", "gumbel"], default=["puct"], help="default: puct")
+    parser.add_argument("--kinds", nargs="+", choices=["puct", "gumbel"], default=["puct", "gumbel"])
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads (default: 1)")
     parser.add_argument("--seconds", type=at_least(0.0, float), default=3.0, help="least time per number (default: 3)")
     parser.add_argument("--no-cuda", action="store_true", help="measure on the CPU")

@@ -94,21 +94,23 @@ def muzero_parts(script, args, obs_space, action_space, device):
     """The batch is drawn from a replay full of random rows, without Reanalyse: that is a search of its own."""
     import torch
 
-    config, A, N, rows = script.network_config(args, obs_space), int(action_space.n), 8, 300
+    space, A, rows, args.num_envs = obs_space["observation"], int(action_space.n), 300, 8
     with torch.device(device):
-        model = script.MuZero(obs_space, A, config)
-    if device.type == "cuda" and config["network"] != "mlp":  # as in `train`
+        model = script.MuZero(space, A, script.network_config(args, space))
+    if device.type == "cuda" and model.config["network"] != "mlp":  # as in `train`
         model.bf16 = args.bf16
         model.to(memory_format=torch.channels_last)
-    specs = script.TrajectoryReplay.specs(obs_space, A, config)
-    replay, everyone = script.TrajectoryReplay(rows, N, specs, args, A, device), np.arange(N)
-    filled = random_batch(specs, (rows, N), device, {"action": A})
-    filled["policy"] = torch.softmax(filled["policy"], -1)
+    learner = script.Learner(model, args, device)
+    learner.agent = agent = script.Agent(model, args, device)
+    replay, rng = script.TrajectoryReplay(rows, args, space, A, device), np.random.default_rng(0)
     for t in range(rows):  # episodes of 100 steps
-        flags = {k: np.full(N, t % 100 == at) for k, at in (("is_first", 0), ("is_last", 99), ("is_terminal", 99))}
-        replay.add(everyone, {k: v[t] for k, v in filled.items() if k != "begun"} | flags)
+        flags = {k: np.full(8, t % 100 == at) for k, at in (("is_first", 0), ("is_last", 99), ("is_terminal", 99))}
+        image, size = space.dtype == np.uint8, (8, *space.shape)
+        flags["obs"] = rng.integers(0, 256, size, np.uint8) if image else rng.normal(size=size).astype(np.float32)
+        policy = np.full((8, A), 1 / A, np.float32)
+        replay.add(np.arange(8), flags | dict(action=rng.integers(A, size=8), policy=policy, reward=rng.normal(size=8)))
     batch, _ = replay.sample(args.batch_size)
-    return model.eval(), script.MuZeroLearner(model, args, device), batch, script.compile_networks
+    return model, learner, batch, lambda model, learner: script.compile_model(model, learner, agent)
 
 
 class OneOfEach:

@@ -38,6 +38,11 @@ def tdmpc2_rows(state):
     return named | {"is_first": first, "is_last": torch.roll(first, -1, 1)}
 
 
+def muzero_rows(state):
+    rows = dict(state["replay"]["rows"])
+    return rows | {"obs/observation": rows["obs"]}
+
+
 def planet_rows(state):
     """Whole episodes, one after the other, as if from one environment. Ends are not stored: the model has none."""
     lengths, rows = state["replay"]["lengths"], state["replay"]["rows"]
@@ -77,6 +82,32 @@ SCRIPTS = {
         resize="--deter 32",
         elsewhere=("cpu_pixels", "CartPole-v1", ["env_kwargs"]),
         rows=lambda state: state["replay"]["rows"],
+    ),
+    "muzero": dict(
+        # 28 updates for 192 steps
+        tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 192 --learning-starts 16 --hidden 8 --latent 4 "
+        "--support 5 --unroll-steps 2 --td-steps 3 --num-simulations 3 --batch-size 4 --train-ratio 0.14 "
+        "--channels 4 --consistency-scale 0 --blocks 1 --log-every 16 --save-every 32 --eval-episodes 2",
+        update=("Learner", "update"),
+        plant=lambda learner: learner.model.reward[-1].bias,
+        term="reward",
+        usage=[
+            ("--total-timesteps 20 --learning-starts 1000", ["--total-timesteps", "20"]),
+            ("--gamma 2", None),
+            ("--td-steps 0", None),
+            ("--support 0", None),
+            ("--q-norm bounds", None),
+            ("--num-simulations 0", None),
+            ("--env-id TicTacToe --env-kwargs {} --support 5 --td-steps 0", ["--gamma", "board"]),
+            ("--network conv", ["--network conv"]),
+            ("--buffer-size 3", None),
+            ("--env-id Pendulum-v1 --env-kwargs {}", ["Box(-2.0, 2.0, (1,), float32)", "planet_cem.py"]),
+        ],
+        resize="--hidden 16",
+        elsewhere=("atari100k", "CartPole-v1", ["env_kwargs", "max_episode_steps"]),
+        rows=muzero_rows,
+        skip=["box", "float_image"],
+        side=16,
     ),
     "planet_cem": dict(
         # 6 updates after each episode
@@ -611,9 +642,10 @@ def test_nothing_is_printed_twice(script):
 
 
 def test_the_first_lines_say_what_the_agent_sees(script):
-    result = script.run("--total-timesteps", 32, obs="pair", action="box")
+    action, word = ("discrete", "Discrete(3)") if "box" in script.skip else ("box", "Box(-1.0, 1.0, (2,)")
+    result = script.run("--total-timesteps", 32, obs="pair", action=action)
     head = " ".join(result.out.splitlines()[:3])
-    assert all(word in head for word in ("image", "vector", "16", "Box(-1.0, 1.0, (2,)")), head
+    assert all(word in head for word in ("image", "vector", "16", word)), head
 
 
 @pytest.mark.parametrize("obs, action", [("dict", "box"), ("grey2d", "discrete_start1"), ("channel_first", "box_inf"),

@@ -47,38 +47,6 @@ STUB = "stub_env:Stub-v0"
 #   more than its checkpoint holds. pictures: steps of the plots in TensorBoard with --report-every 48.
 # flags: every flag the script has. Removing or renaming one breaks its users: think twice before editing the list.
 SCRIPTS = {
-    "muzero": dict(
-        tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 96 --learning-starts 16 --hidden 8 --latent 4 "
-        "--support 5 --unroll-steps 2 --td-steps 3 --num-simulations 3 --batch-size 4 --train-ratio 0.14 --channels 4 "
-        "--consistency-scale 0 "
-        "--blocks 1 --log-every 16 --save-every 32 --report-every 0 --eval-episodes 2 --target-return None",
-        train_instance=1,
-        update=("MuZeroLearner", "update"),
-        plant=lambda learner: learner.model.reward[-1].bias,
-        term="reward",
-        faults={},
-        spaces=[("vector", "discrete_start1"), ("discrete", "discrete"), ("image", "discrete")],
-        state="learner replay rng episodes recent updates global_step due owed random_return metrics context history",
-        exact_stop=True,
-        early=None,
-        resize=("--hidden", "8", "16"),
-        rich=dict(obs="image"),
-        extra=["--reanalyse", "0.5", "--consistency-scale", "1", "--per-alpha", "0.6"],
-        pictures=[],
-        other="CartPole-v1",
-        chatty="--total-timesteps 1200 --log-every 1 --save-every 10000 --train-ratio 0.01 --buffer-size 100",
-        flags="action-planes action-repeat augment batch-size bf16 blocks buffer-size capture-video channels "
-        "clip-rewards compile consistency-scale cuda dirichlet-alpha dirichlet-fraction dyn-layers env-id "
-        "env-kwargs episodic-life eval-episodes evaluate exp-name frame-stack full-action-space gamma "
-        "grayscale gumbel-scale hidden image-size latent learning-rate learning-starts log-every lr-decay "
-        "lr-decay-updates lr-steps max-considered-actions max-episode-steps max-grad-norm network noop-max "
-        "num-envs num-simulations num-threads optimizer per-alpha per-beta per-beta-end pixels play preset q-norm "
-        "random-opening "
-        "reanalyse replay-cuda report-every resume save-every save-replay search seed sticky-actions "
-        "support target-return target-updates td-steps temperature-decay temperature-moves "
-        "torch-deterministic total-timesteps track train-ratio unroll-steps value-scale wandb-entity "
-        "wandb-project-name warmup-updates weight-decay",
-    ),
     # Epochs of 16 agent steps: updates 1; 2, 3; 4, 5, 6; then three per epoch.
     "iris": dict(
         tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 96 --steps-per-epoch 16 --tokenizer-start 0 "
@@ -748,33 +716,6 @@ def handmade_rows(instance, terminal):
         action = 0 if last else int(following[2])
         rows.append((float(t), start, float(t), t == 0, last, last and terminal, action))
     return rows
-
-
-@only_for("muzero")
-@pytest.mark.parametrize("faults, terminal", [(dict(length=3), True), (dict(length=None, truncate_at=3), False)])
-def test_57_58_stored_transitions(script, faults, terminal):
-    """3-step episodes: every stored row as made by hand. A terminated episode ends for good, a truncated one does not,
-    and its last observation is the true one, not that of the next episode."""
-    steps = 48  # whole episodes only, so that none is cut by the checkpoint at the end
-    argv = ["--total-timesteps", 2 * steps, "--save-every", 10_000, "--buffer-size", 10_000]
-    result = script.run(*argv, faults=faults | dict(reward="count"))
-    assert result.code == 0, result.err
-    stored = stored_rows(only_run())
-    for e in range(2):
-        expected = handmade_rows(script.train_instance + e, terminal)
-        while expected[-1][0] == 0.0:  # resets after the last episode were not acted on, so they are not stored
-            expected.pop()
-        assert stored[e] == expected
-        assert sum(not row[4] for row in stored[e]) == steps  # the last row of an episode is not a step
-    assert load(only_run())["global_step"] == 2 * steps
-
-
-@only_for("muzero")
-def test_57_replay_holds_the_whole_run(script):
-    """--buffer-size is cut to what --total-timesteps can fill, and one-step episodes fill two rows per step."""
-    assert script.run("--buffer-size", 10_000, "--total-timesteps", 400, faults=dict(length=1)).code == 0
-    replay = load(only_run())["replay"]
-    assert replay["count"] == [400, 400] and replay["rows"]["reward"].shape[1] == 400
 
 
 def stored_episodes(run):

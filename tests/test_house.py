@@ -19,7 +19,7 @@ SCRIPTS = sorted(os.path.join(ROOT, n) for n in os.listdir(ROOT) if n.endswith("
 # Lines in all, lines of code, at most. Scripts of the second shape have the limits of the house or, where one does not
 # fit, its real numbers (at most 15 % more); those that were not rewritten yet may only shrink.
 # dreamerv3.py (1000, 750) and tdmpc2.py (800, 600) are above their limits: their numbers may only shrink.
-SIZES = {"dreamerv3": (1582, 1072), "planet_cem": (1123, 762), "tdmpc2": (1125, 798)}
+SIZES = {"dreamerv3": (1582, 1072), "muzero": (1818, 1289), "planet_cem": (1123, 762), "tdmpc2": (1125, 798)}
 # Parts of scripts of the second shape: lines of make_env, Agent, train and the docstring, code lines of what is shared.
 PARTS = dict(make_env=60, Agent=60, train=130, docstring=45, plumbing=90)
 TABLES = {"dyna": (460, 321)}  # without torch: no plumbing, no seam; its limit is (400, 280)
@@ -29,7 +29,6 @@ OLD = {
     "ha2018_carracing": (3103, 2230),
     "ijepa": (2208, 1543),
     "iris": (2683, 1881),
-    "muzero": (2951, 2109),
 }
 
 

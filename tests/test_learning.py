@@ -36,11 +36,11 @@ RUNS = {
     "planet-swingup": ("planet_cem", ["--preset", "cpu"], 200.0, 250.0, 180.0),
     # seeds 1 to 4: final evaluation -206, -144, -141, -179; random -1060 to -1319
     "tdmpc2-pendulum": ("tdmpc2", ["--preset", "cpu"], -500.0, -400.0, -800.0),
-    # seeds 1 to 4: training 164, 166, 245, 206; final evaluation 500, 500, 256, 500; random 17 to 24
+    # seeds 1 to 4: training 305, 244, 231, 168; final evaluation 500, 500, 264, 468; random 17 to 24
     "muzero-cartpole": ("muzero", ["--preset", "cpu"], 100.0, 195.0, 50.0),
-    # mean outcome against a perfect player from both seats, so minus the share of lost games; seeds 1 to 4: -0.14,
-    # -0.08, -0.11, -0.13; random -0.9. Returns of self-play say nothing.
-    "muzero-tictactoe": ("muzero", ["--preset", "cpu_tictactoe"], None, -0.3, -0.7),
+    # mean outcome against random moves, from either seat; seeds 1 to 3: 0.88, 0.95, 0.93; random -0.1 to 0.0. The
+    # perfect player has a test of its own.
+    "muzero-tictactoe": ("muzero", ["--preset", "cpu_tictactoe"], None, 0.6, 0.3),
     # seeds 1 to 4: training 0.94, 0.90, 0.98, 0.94; final evaluation 1.0 on all of them; random -0.66 to -0.82
     "iris-catch": ("iris", ["--preset", "cpu"], 0.3, 0.3, -0.5),
     # seeds 1 to 4: training (all episodes after the first updates) 1.7, 2.6, 2.2, 0.9; final evaluation of 100 episodes
@@ -60,8 +60,6 @@ IMAGES = {
         ["--preset", "cpu", "--target", "online", "--total-steps", "250", "--report-every", "0"],
     ),
 }
-# Scripts of the first shape write videos: those whose names are not the usual ones.
-VIDEOS = {"muzero-cartpole": ["foresight-10000.gif", "foresight-5008.gif"], "muzero-tictactoe": []}
 
 
 def second_shape(name):
@@ -120,7 +118,7 @@ def test_return_is_far_above_random(runs, name):
     if second_shape(name):
         return  # its pictures are made by benchmarks/dreams.py
     videos = sorted(p.name for p in (run / "videos").iterdir())
-    assert videos == VIDEOS[name] if name in VIDEOS else any(v.startswith("open_loop-") for v in videos)
+    assert any(v.startswith("open_loop-") for v in videos)
 
 
 @of_runs(["dreamerv3-minatar"])
@@ -256,47 +254,85 @@ def test_ha2018_dreams_that_are_too_sure_do_not_transfer(runs, tmp_path):
 
 
 @trained("muzero-cartpole")
-def test_muzero_foresees_rewards_ends_and_values(runs):
+def test_muzero_foresees_rewards_and_values(runs):
     """On fresh episodes, half of them with random actions, against a constant. Reward is 1 until the pole falls, so
-    its error is that of foreseeing the fall. Error / variance over seeds 1 to 4: reward five steps ahead 0.11, 0.18,
-    0.12, 0.12; value one step ahead 0.01, 0.01, 0.01, 0.03, five steps ahead 0.03, 0.03, 0.04, 0.11."""
+    its error is that of foreseeing the fall. Error / variance over seeds 1 to 4: reward five steps ahead
+    0.03, 0.12, 0.08, 0.38; value, in the episodes with random actions, 0.38, 0.06, 0.24, 0.16."""
     code, output, run = runs["muzero-cartpole"]
     assert code == 0, output[-3000:]
-    errors = json.loads((run / "result.json").read_text())["prediction_errors"]
+    script, errors = importlib.import_module("muzero"), {}
+    agent = script.load(str(run))
+    agent.seed(0)
+    blind = {"reward": [], "value": []}  # (foreseen, true) five steps ahead
+    with torch.no_grad():
+        for episode in range(8):
+            env, rng = script.make_env(agent.args, seed=episode), np.random.default_rng(episode)
+            (obs, _), state, over, rows = env.reset(), None, False, []
+            while not over and len(rows) < 200:
+                action, state = agent.act(obs[None], state, np.array([not rows]), greedy=True)
+                action = int(action[0]) if episode % 2 else int(rng.integers(2))
+                following, reward, terminated, truncated, _ = env.step(action)
+                rows.append((obs, action, reward))
+                obs, over = following, terminated or truncated
+            rows += [(obs, int(rng.integers(2)), 0.0)] * 5 * over  # absorbing
+            seen, actions, rewards = (torch.as_tensor(np.array(x)) for x in zip(*rows))
+            n = len(rows) - 5
+            s = agent.model.represent(seen[:n, None], None)
+            values = agent.model.predict(agent.model.represent(seen[:, None], None))[1]
+            for k in range(5):
+                s = agent.model.dynamics(s, actions[k : n + k])
+            blind["reward"].append((agent.model.foretell(s), rewards[4 : n + 4]))
+            if episode % 2:
+                continue  # a pole that stands has one value
+            live = slice(0, n - 5)  # where the state five steps ahead is a state of the episode
+            blind["value"].append((agent.model.predict(s)[1][live], values[5 : n + 5][live]))
+    for name, pairs in blind.items():
+        found, true = (torch.cat([x.float() for x in side]) for side in zip(*pairs))
+        errors[name] = float(((found - true) ** 2).mean() / true.var())
     print({k: round(v, 4) for k, v in errors.items()})
-    assert errors["reward_mse_5"] < 0.5 * errors["reward_variance_5"]
-    assert errors["value_mse_1"] < 0.2 * errors["value_variance_1"]
-    assert errors["value_mse_5"] < 0.5 * errors["value_variance_5"]
+    assert errors["reward"] < 0.7 and errors["value"] < 0.7
 
 
 @trained("muzero-tictactoe")
 def test_muzero_knows_tic_tac_toe(runs):
     """Over all 4,520 positions: the learned model knows which moves win, and its search finds an optimal move where
-    there are others. Seeds 1 to 4: optimal moves 0.90, 0.91, 0.90, 0.89 (at random 0.41); wins foreseen 0.94, 0.93,
-    0.95, 0.92; false alarms 0.04, 0.02, 0.03, 0.03."""
-    import muzero
+    there are others. Seeds 1 to 3: optimal moves 0.89, 0.89, 0.91 (at random 0.41); wins
+    foreseen 0.94, 0.94, 0.89; false alarms 0.03, 0.03, 0.02; mean outcome against a perfect player -0.16, -0.02, -0.07
+    (of random moves -0.9)."""
+    import boards
 
     code, output, run = runs["muzero-tictactoe"]
     assert code == 0, output[-3000:]
-    game, (model, state) = muzero.TicTacToe, muzero.load_agent(str(run))
-    table = game.solve()
-    boards = np.stack([np.frombuffer(k, np.int8) for k in table])
-    optimal = np.zeros((len(boards), 9), bool)
+    script = importlib.import_module("muzero")
+    agent, game = script.load(str(run)), script.TicTacToe
+    table = boards.solve(game)
+    positions = np.stack([np.frombuffer(k, np.int8) for k in table])
+    optimal = np.zeros((len(positions), 9), bool)
     for i, (_, actions) in enumerate(table.values()):
         optimal[i, actions] = True
-    some = (optimal != game.legal(boards)).any(1)  # some legal moves are mistakes
-    found = muzero.board_policy(model, muzero.Args(**state["args"]), torch.device("cpu"))(boards)
-    share = optimal[np.arange(len(boards)), found][some].mean()
-    chance = (optimal.sum(1) / game.legal(boards).sum(1))[some].mean()
+    some = (optimal != game.legal(positions)).any(1)  # some legal moves are mistakes
+    found, _ = agent.act(game.observe(positions), None, np.ones(len(positions), bool), greedy=True)
+    share = optimal[np.arange(len(positions)), found][some].mean()
+    chance = (optimal.sum(1) / game.legal(positions).sum(1))[some].mean()
 
-    board, action = np.nonzero(game.legal(boards))
-    wins = game.step(boards[board], action)[1] == 1
+    board, action = np.nonzero(game.legal(positions))
+    wins = game.step(positions[board], action)[1] == 1
     with torch.no_grad():
-        s = model.represent({"observation": torch.as_tensor(game.observe(boards)["observation"])[:, None]})
-        said = model.foretell(model.dynamics(s[board], torch.as_tensor(action))).numpy() > 0.5
+        s = agent.model.represent(torch.as_tensor(game.observe(positions))[:, None], None)
+        said = agent.model.foretell(agent.model.dynamics(s[board], torch.as_tensor(action))).numpy() > 0.5
     recall, false = said[wins].mean(), said[~wins].mean()
+
+    env, outcomes = script.make_env(agent.args, seed=7, opponent=boards.perfect), []
+    for _ in range(100):
+        obs, over = env.reset()[0], False
+        while not over:
+            actions, _ = agent.act(obs[None], None, np.ones(1, bool), greedy=True)
+            obs, outcome, over, _, _ = env.step(actions[0])
+        outcomes.append(outcome)
+    mean = np.mean(outcomes)
     print(f"optimal moves {share:.3f} (at random {chance:.3f}), wins foreseen {recall:.3f}, false alarms {false:.3f}")
-    assert share > 0.8 > 0.5 > chance and recall > 0.85 and false < 0.1
+    print(f"against a perfect player {mean:.3f}")
+    assert share > 0.8 > 0.5 > chance and recall > 0.85 and false < 0.1 and mean > -0.3
 
 
 @of_runs(["dreamerv3-cartpole", "planet-swingup", "muzero-cartpole"])

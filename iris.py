@@ -19,63 +19,47 @@ environment too.
     python iris.py --env-id ALE/Freeway-v5 --temperature 0.01        # collect with an almost greedy policy
     python iris.py --init-from last.pt --env-id ALE/Pong-v5  # start from a checkpoint of the authors' code
     python iris.py --resume runs/NAME                        # go on, bit for bit on a CPU
-    python iris.py --evaluate runs/NAME                      # returns of fresh episodes
-    python iris.py --play runs/NAME                          # play inside the learned world
 
-Measured: see the README's result table; every row has its command, commit, hardware and seeds.
-
-Differences from the authors' code, each with its reason:
+Deviations from the authors' code, each with its reason (more: docs/iris.md):
   * The tokenizer's reconstruction loss is the one of the authors' later Delta-IRIS, times `--recon-scale`, because the
     perceptual loss (LPIPS) needs weights that a script cannot carry. All published scores are with LPIPS:
-    `--lpips-weights FILE` is the published loss, but without the dropout in its heads that the authors' trainer leaves
-    active.
+    `--lpips-weights FILE` is the published loss, without the dropout in its heads that the authors leave active.
   * The frames of the replay are encoded and decoded once per epoch, not once per use; decoded ones are kept as uint8.
-    That saves two thirds of this work at the paper's batches and 100,000 frames, and costs more at batches below 12.
   * The last token of a frame enters the GPT together with the action that follows it: 306 calls per rollout, not 325.
   * The rollout is made without gradients; policy and value are computed again on its frames, in one batch, with them.
-  * Unfinished episodes are cut at every scheduled checkpoint, so that a resumed run repeats the unbroken one exactly.
-    `--save-every` sets how often.
   * bfloat16 on a GPU where the authors compute in float32; `--no-bf16` mirrors them.
-  * The time limit of training games is the emulator's own counter of raw frames.
-  * With several environments each of them acts at random with probability epsilon by itself.
-Not the paper's, off by default: `--target-critic` and `--mask-after-end` of Delta-IRIS (arXiv:2406.19320);
-`--tok-patch`, `--tok-tiles`, `--revive-codes`, `--tokenizer-stop` for tokenizers that learn in seconds,
-`--wm-init-gain`, `--skip-first-frame` for narrow GPTs that do.
-
-The algorithm is in the parts Maths, Networks, Losses and Replay and in the loop of `train`; a reader may stop there.
-The rest of the file makes it usable alone: environments, evaluation and dreams, checkpoints, checked flags.
+Not the paper's, off by default: `--mask-after-end` of Delta-IRIS (arXiv:2406.19320); `--tok-patch`, `--tok-tiles`,
+`--revive-codes`, `--tokenizer-stop` for tokenizers that learn in seconds, `--wm-init-gain`, `--skip-first-frame` for
+narrow GPTs that do.
 
 Symbols in shape comments:
   B  batch (segments, rollouts)        K  tokens of a frame            C  channels of an image
   T  time (steps of a segment)         V  vocabulary                   S  pixels per side of an image
   H  imagination horizon               D  width of a code              U  units of the LSTM
   N  frames, environments              E  width of the GPT             A  actions
-Time convention, everywhere: row t holds observation t, the action taken AFTER seeing it, and the reward and the end
-that FOLLOWED. An episode's last observation, which nothing follows, is not stored. A block of the GPT is the K tokens
-of frame t and then action t, so reward t and end t are predicted at the action's position, and so is the first token
-of frame t+1.
+Time: row t holds observation t, the action taken AFTER seeing it, and the reward and the end that FOLLOWED. An
+episode's last observation, which nothing follows, is not stored. A block of the GPT is the K tokens of frame t and then
+action t, so reward t, end t and the first token of frame t+1 are predicted at the action's position.
 """
 
 import bisect
-import contextlib
-import copy
 import ctypes
+import importlib
 import json
 import math
 import os
-import platform
-import random
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
-from collections import deque
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple, Optional
 
 import gymnasium as gym
@@ -83,222 +67,112 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from gymnasium import spaces
 from PIL import Image
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 # ---- Args and presets ------------------------------------------------------------------------------------------------
 
 
 # Defaults are the authors' configuration; the paper's tables agree with it.
+# fmt: off
 @dataclass
 class Args:
-    # ---- Experiment
-    exp_name: str = "iris"
-    """name of the experiment, part of the run directory"""
-    preset: Literal["full", "cpu", "atari100k", "minatar"] = "full"
-    """named settings; explicit flags win over them"""
-    seed: int = 1
-    """seed of everything random: networks, noise, replay, environments"""
-    torch_deterministic: bool = True
-    """deterministic cuDNN kernels"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    compile: bool = True
-    """torch.compile the networks, and on a GPU capture each whole update, rollout included, in a CUDA graph"""
-    bf16: bool = True
-    """compute in bfloat16 on a GPU (parameters, codebook lookup, losses stay float32); on a CPU always float32"""
-    num_threads: Optional[int] = None
-    """CPU threads of torch (default: torch's own choice)"""
-    track: Optional[Literal["wandb", "trackio"]] = None
-    """also send the curves to this tracker (needs its package)"""
-    wandb_project_name: str = "world-models"
-    """project name for --track"""
-    wandb_entity: Optional[str] = None
-    """team for --track wandb"""
-    capture_video: bool = False
-    """write one episode of the final evaluation as a GIF"""
-    save_every: int = 10_000
-    """agent steps between checkpoints; unfinished episodes are cut there (see the docstring)"""
-    save_replay: bool = True
-    """keep the replay in the checkpoint; without it --resume starts with an empty one and is not bit-exact"""
-    resume: Optional[str] = None
-    """run directory to continue"""
-    init_from: Optional[str] = None
-    """checkpoint of the authors' code (its `last.pt`) whose weights the networks start with"""
-    evaluate: Optional[str] = None
-    """run directory to evaluate, nothing is trained"""
-    play: Optional[str] = None
-    """run directory whose dream is played with the keyboard"""
-    target_return: Optional[float] = None
-    """exit with code 1 if the final evaluation stays below this"""
-
-    # ---- Environment
-    env_id: str = "ALE/Pong-v5"
-    """any gymnasium id with Discrete actions and images, `module:Id-v0`; others with --pixels"""
-    env_kwargs: str = "{}"
-    """JSON object passed to gymnasium.make"""
-    total_timesteps: int = 100_000
-    """agent steps, summed over environments (paper: 500 epochs of 200)"""
-    num_envs: int = 1
-    """environments in lockstep"""
-    action_repeat: Optional[int] = None
-    """environment steps per agent step (default: 4 for Atari, else 1)"""
-    pixels: bool = False
-    """observe rendered images instead of the environment's own observation"""
-    image_size: int = 64
-    """images are resized to this many pixels per side"""
-    sticky_actions: float = 0.0
-    """Atari: probability that the emulator repeats the previous action"""
-    full_action_space: bool = False
-    """Atari: all 18 actions instead of the game's minimal set"""
-    noop_max: int = 30
-    """Atari: 1 to this many no-ops at the start of a training game; exactly 1 in evaluation"""
-    episodic_life: bool = True
-    """Atari: a lost life ends a training episode"""
-    max_frames: int = 20_000
-    """Atari: raw frames after which a training game is cut; 108,000 in evaluation"""
-    max_episode_steps: Optional[int] = None
-    """agent steps after which an episode is cut, at most the environment's own limit (default: that limit)"""
-
-    # ---- Schedule
-    steps_per_epoch: int = 200
-    """agent steps collected per epoch, summed over environments"""
-    extra_epochs: int = 100
-    """epochs after the last agent step, which only learn"""
-    tokenizer_start: int = 5
-    """epochs before the tokenizer's first update"""
-    tokenizer_stop: Optional[int] = None
-    """the tokenizer is frozen after this epoch (default: never)"""
-    world_model_start: int = 25
-    """epochs before the world model's first update"""
-    actor_critic_start: int = 50
-    """epochs before the actor-critic's first update"""
-    tokenizer_updates: int = 200
-    """per epoch"""
-    world_model_updates: int = 200
-    """per epoch"""
-    actor_critic_updates: int = 200
-    """per epoch"""
-
-    # ---- World model
-    vocab_size: int = 512
-    """V, words of the tokenizer's vocabulary"""
-    code_dim: int = 512
-    """D, width of a code word"""
-    tok_channels: int = 64
-    """channels of the tokenizer's convolutions"""
-    tok_levels: int = 5
-    """resolutions of the tokenizer; each halves the one before"""
-    tok_blocks: int = 2
-    """residual blocks per resolution of the encoder; the decoder has one more"""
-    tok_attention: str = "8 16"
-    """resolutions (pixels per side) with attention"""
-    tok_latent: int = 512
-    """channels between the convolutions and the codebook"""
-    tok_groups: int = 32
-    """groups of the tokenizer's group norms"""
-    tok_patch: int = 1
-    """the first convolution takes patches of this many pixels per side, without overlap (1: the paper's 3x3)"""
-    tok_tiles: int = 1
-    """the image is cut into tiles x tiles parts that are encoded apart from each other (1: the whole image)"""
-    beta: float = 1.0
-    """weight of the commitment term (VQ-VAE has 0.25)"""
-    recon_scale: float = 10.0
-    """weight of the reconstruction loss without LPIPS (Delta-IRIS: 1, with a commitment of 0.02)"""
-    lpips_weights: Optional[str] = None
-    """file with VGG16 and LPIPS heads, or two files separated by a comma: train with L1 + LPIPS as in the paper"""
-    revive_codes: int = 0
-    """tokenizer updates during which unused code words are put where the codebook fits worst (0: never)"""
-    batch_length: int = 20
-    """T, steps of a training sequence and of the GPT's memory"""
-    embed_dim: int = 256
-    """E, width of the GPT"""
-    num_layers: int = 10
-    """blocks of the GPT"""
-    num_heads: int = 4
-    """attention heads of a block"""
-    dropout: float = 0.1
-    """of embeddings, attention weights and residual branches of the GPT"""
-    wm_init_gain: float = 0.0
-    """initial weights of the GPT's linear layers from N(0, gain^2 / inputs) (0: from N(0, 0.02^2) as in the paper)"""
-    skip_first_frame: bool = False
-    """no loss on the tokens of a segment's first frame, which nothing precedes and no dream predicts"""
-
-    # ---- Behavior
-    imag_horizon: int = 20
-    """H, imagined steps"""
-    burn_in: int = 20
-    """real steps that warm up the LSTM before a rollout and before acting"""
-    gamma: float = 0.995
-    """discount"""
-    return_lambda: float = 0.95
-    """lambda of the returns"""
-    ent_coef: float = 0.001
-    """entropy scale of the actor"""
-    ac_channels: str = "32 32 64 64"
-    """channels of the actor-critic's convolutions, each followed by a 2x2 max-pooling"""
-    lstm_size: int = 512
-    """U, units of the actor-critic's LSTM"""
-    temperature: float = 1.0
-    """of the policy when it collects (0.01 for Freeway: the paper's recipe against dithering)"""
-    epsilon: float = 0.01
-    """probability of a uniform random action when it collects"""
-    target_critic: bool = False
-    """bootstrap from a slowly moving copy of the actor-critic (Delta-IRIS)"""
-    tau: float = 0.005
-    """update rate of that copy"""
-    mask_after_end: bool = False
-    """no loss on imagined steps after the first imagined end (Delta-IRIS)"""
-
-    # ---- Optimization
-    buffer_size: int = 100_000
-    """replay capacity in rows, summed over environments; never more is allocated than --total-timesteps can fill"""
-    replay_cuda: bool = True
-    """keep the replay on the GPU if it fits there, otherwise in host memory"""
-    tokenizer_batch_size: int = 256
-    """frames per update of the tokenizer"""
-    batch_size: int = 64
-    """segments per update of the world model"""
-    ac_batch_size: int = 64
-    """B, rollouts per update of the actor-critic"""
-    learning_rate: float = 1e-4
-    """of all three optimizers"""
-    tokenizer_lr: Optional[float] = None
-    """learning rate of the tokenizer (default: --learning-rate)"""
-    world_model_lr: Optional[float] = None
-    """learning rate of the world model (default: --learning-rate)"""
-    actor_critic_lr: Optional[float] = None
-    """learning rate of the actor-critic (default: --learning-rate)"""
-    weight_decay: float = 0.01
-    """of the weights of the world model's linear layers"""
-    max_grad_norm: float = 10.0
-    """global gradient norm at which each of the three is clipped"""
-
-    # ---- Evaluation and logging
-    eval_episodes: int = 100
-    """episodes of the final evaluation, of --evaluate and of the random baseline"""
-    eval_temperature: float = 0.5
-    """of the policy when it is evaluated (0: the most likely action)"""
-    log_every: int = 1000
-    """agent steps between log lines"""
-    report_every: int = 10_000
-    """agent steps between reports on fresh episodes: reconstructions, token accuracy, dreams (0: never)"""
+    # Experiment
+    env_id: str = "ALE/Pong-v5"  # any gymnasium id with Discrete actions and images, my_module:MyEnv-v0
+    preset: Literal["full", "cpu", "atari100k", "minatar"] = "full"  # named settings; explicit flags win over them
+    total_timesteps: int = 100_000  # agent steps, summed over environments (paper: 500 epochs of 200)
+    seed: int = 1  # seed of everything random: networks, noise, replay, environments
+    resume: Optional[str] = None  # run directory to continue
+    target_return: Optional[float] = None  # exit with code 1 if the final evaluation stays below this
+    init_from: Optional[str] = None  # checkpoint of the authors' code (its `last.pt`) to start from
+    cuda: bool = True  # use the GPU if there is one
+    compile: bool = True  # on a GPU: compile the networks, capture each whole update, rollout included, in a CUDA graph
+    bf16: bool = True  # compute in bfloat16 on a GPU (parameters, codebook lookup, losses stay float32)
+    num_threads: Optional[int] = None  # CPU threads (None: torch's own choice)
+    exp_name: str = "iris"  # part of the run directory's name
+    torch_deterministic: bool = True  # deterministic kernels
+    track: Optional[str] = None  # project of Weights and Biases that gets the curves too (needs wandb)
+    log_every: int = 1000  # agent steps between log lines, which come between epochs
+    save_every: int = 10_000  # agent steps between checkpoints, which come between epochs
+    eval_episodes: int = 100  # episodes of the final evaluation and of the random baseline
+    eval_temperature: float = 0.5  # of the policy when it is evaluated (0: the most likely action)
+    # Environment
+    num_envs: int = 1  # environments in lockstep
+    env_kwargs: str = "{}"  # JSON object passed to gymnasium.make; Atari is not sticky unless it says so
+    action_repeat: Optional[int] = None  # environment steps per agent step (None: 4 for Atari, else 1)
+    max_episode_steps: Optional[int] = None  # agent steps after which an episode is cut (None: the environment's)
+    max_frames: int = 20_000  # Atari: raw frames after which a training game is cut; 108,000 in evaluation
+    pixels: bool = False  # observe rendered images instead of the environment's own observation
+    image_size: int = 64  # images are resized to this many pixels per side
+    episodic_life: bool = True  # Atari: a lost life ends a training episode, the game goes on
+    # Schedule
+    steps_per_epoch: int = 200  # agent steps collected per epoch, summed over environments
+    extra_epochs: int = 100  # epochs after the last agent step, which only learn
+    tokenizer_start: int = 5  # epochs before the tokenizer's first update
+    tokenizer_stop: Optional[int] = None  # the tokenizer is frozen after this epoch (None: never)
+    world_model_start: int = 25  # epochs before the world model's first update
+    actor_critic_start: int = 50  # epochs before the actor-critic's first update
+    tokenizer_updates: int = 200  # per epoch
+    world_model_updates: int = 200  # per epoch
+    actor_critic_updates: int = 200  # per epoch
+    # World model
+    vocab_size: int = 512  # V, words of the tokenizer's vocabulary
+    code_dim: int = 512  # D, width of a code word
+    tok_channels: int = 64  # channels of the tokenizer's convolutions
+    tok_levels: int = 5  # resolutions of the tokenizer; each halves the one before
+    tok_blocks: int = 2  # residual blocks per resolution of the encoder; the decoder has one more
+    tok_attention: str = "8 16"  # resolutions (pixels per side) with attention
+    tok_latent: int = 512  # channels between the convolutions and the codebook
+    tok_groups: int = 32  # groups of the tokenizer's group norms
+    tok_patch: int = 1  # the first convolution takes patches of this many pixels per side (1: the paper's 3x3)
+    tok_tiles: int = 1  # the image is cut into tiles x tiles parts that are encoded apart (1: the whole image)
+    beta: float = 1.0  # weight of the commitment term (VQ-VAE has 0.25)
+    recon_scale: float = 10.0  # weight of the loss without LPIPS (Delta-IRIS: 1, with a commitment of 0.02)
+    lpips_weights: Optional[str] = None  # VGG16 and LPIPS heads, one file or two with a comma: L1 + LPIPS as the paper
+    revive_codes: int = 0  # tokenizer updates in which unused code words are moved where the codebook fits worst
+    batch_length: int = 20  # T, steps of a training sequence and of the GPT's memory
+    embed_dim: int = 256  # E, width of the GPT
+    num_layers: int = 10  # blocks of the GPT
+    num_heads: int = 4  # attention heads of a block
+    dropout: float = 0.1  # of embeddings, attention weights and residual branches of the GPT
+    wm_init_gain: float = 0.0  # the GPT's linear weights from N(0, gain^2 / inputs) (0: N(0, 0.02^2) as the paper)
+    skip_first_frame: bool = False  # no loss on the tokens of a segment's first frame, which no dream predicts
+    # Behavior
+    imag_horizon: int = 20  # H, imagined steps
+    burn_in: int = 20  # real steps that warm up the LSTM before a rollout and before acting
+    gamma: float = 0.995  # discount
+    return_lambda: float = 0.95  # lambda of the returns
+    ent_coef: float = 0.001  # entropy scale of the actor
+    ac_channels: str = "32 32 64 64"  # channels of the actor-critic's convolutions, each with a 2x2 max-pooling
+    lstm_size: int = 512  # U, units of the actor-critic's LSTM
+    temperature: float = 1.0  # of the policy when it collects (0.01 for Freeway: the paper's recipe against dithering)
+    epsilon: float = 0.01  # probability of a uniform random action when it collects
+    mask_after_end: bool = False  # no loss on imagined steps after the first imagined end (Delta-IRIS)
+    # Learning
+    buffer_size: int = 100_000  # replay capacity in rows, summed over environments
+    tokenizer_batch_size: int = 256  # frames per update of the tokenizer
+    batch_size: int = 64  # segments per update of the world model
+    ac_batch_size: int = 64  # B, rollouts per update of the actor-critic
+    learning_rate: float = 1e-4  # of all three optimizers
+    tokenizer_lr: Optional[float] = None  # of the tokenizer (None: --learning-rate)
+    world_model_lr: Optional[float] = None  # of the world model (None: --learning-rate)
+    actor_critic_lr: Optional[float] = None  # of the actor-critic (None: --learning-rate)
+    weight_decay: float = 0.01  # of the weights of the world model's linear layers
+    max_grad_norm: float = 10.0  # global gradient norm at which each of the three is clipped
 
 
-# fmt: off
-PRESETS = {
-    "full": {},
+PRESETS = dict(
+    full=dict(),
+    atari100k=dict(),  # the default, under the name that the other scripts give to this benchmark
     # A laptop: Catch, 32x32 pixels in 16 tokens that see one 8x8 patch each; learning rates for hundreds of updates.
-    # Measured by stage, in CPU seconds of one thread of a busy machine (seeds 1 to 4): tokenizer 1200 updates, 45 s,
-    # squared error of pixels 1e-5 to 2e-4; GPT 550 updates, 25 s, then 800 more beside the actor-critic: 99.5 to 100 %
-    # of changed tokens on fresh episodes, and of dreamed rewards, of which one in seven is not zero, 97 to 99.8 %;
-    # actor-critic 320 updates, 140 s, above random after 140 to 200; final return 1.0 on each, random -0.8.
     # NOTE: at a rate of 3e-3 for the tokenizer single updates undid hundreds of others; in one run of a dozen such a
     # fall came after --revive-codes, and five code words were left when the tokenizer was frozen.
     # NOTE: arrivals of the ball in the paddle's row of tokens that the GPT foresees, on true tokens: with the paper's
     # initial weights and the loss of first frames 3 % after 1000 updates; without that loss 1 % after 400; with wider
     # weights 64 % after 600; with both changes 93 % after 600.
-    "cpu": dict(
+    cpu=dict(
         env_id="Catch-v0", image_size=32, total_timesteps=12_800, num_envs=16, steps_per_epoch=320, extra_epochs=0,
         tokenizer_start=5, tokenizer_stop=13, world_model_start=13, actor_critic_start=24, tokenizer_updates=150,
         world_model_updates=50, actor_critic_updates=20, vocab_size=64, code_dim=16, tok_channels=64, tok_levels=1,
@@ -306,56 +180,28 @@ PRESETS = {
         batch_length=2, embed_dim=64, num_layers=2, num_heads=4, dropout=0.0, wm_init_gain=1.0, skip_first_frame=True,
         imag_horizon=8, burn_in=2, gamma=0.95, ent_coef=0.01, ac_channels="8 16", lstm_size=128, mask_after_end=True,
         tokenizer_batch_size=32, batch_size=64, ac_batch_size=64, tokenizer_lr=1e-3, world_model_lr=1e-3,
-        actor_critic_lr=3e-3, compile=False, num_threads=1, log_every=640, report_every=6_400, save_every=6_400,
-    ),
-    # The default, under the name that the other scripts give to this benchmark.
-    "atari100k": {},
+        actor_critic_lr=3e-3, num_threads=1, log_every=640, save_every=6_400),
     # A GPU or patience: MinAtar drawn as 20x20 RGB in 5x5 tokens of two cells each.
-    "minatar": dict(
-        env_id="MinAtar/Breakout-v1", pixels=True, image_size=20, total_timesteps=100_000, num_envs=4, tok_channels=128,
-        tok_levels=1, tok_attention="", tok_groups=1, tok_patch=4, tok_tiles=5, vocab_size=256, code_dim=64,
-        tok_latent=64, revive_codes=2000, tokenizer_lr=1e-3, world_model_lr=3e-4, ac_channels="32 64", lstm_size=256,
-        tokenizer_stop=25, mask_after_end=True, embed_dim=128, num_layers=4,
-    ),
-}
-# Allowed values, both ends included; checked before anything is created. Fields that are None are skipped.
-RANGES = {
-    **dict.fromkeys(
-        "num_threads save_every total_timesteps num_envs action_repeat max_episode_steps max_frames steps_per_epoch "
-        "code_dim tok_channels tok_blocks tok_latent tok_groups tok_patch tok_tiles batch_length embed_dim num_layers "
-        "num_heads lstm_size buffer_size tokenizer_batch_size batch_size ac_batch_size eval_episodes "
-        "log_every".split(), (1, math.inf),
-    ),
-    **dict.fromkeys(
-        "extra_epochs tokenizer_start world_model_start actor_critic_start tokenizer_updates "
-        "world_model_updates actor_critic_updates revive_codes burn_in report_every".split(), (0, 10**9),
-    ),
-    **dict.fromkeys("sticky_actions gamma return_lambda epsilon tau weight_decay".split(), (0, 1)),
-    **dict.fromkeys("beta recon_scale ent_coef wm_init_gain".split(), (0, 1e9)),
-    **dict.fromkeys("learning_rate tokenizer_lr world_model_lr actor_critic_lr".split(), (1e-12, 1)),
-    **{"seed": (0, 2**32 - 1), "noop_max": (0, 1000), "image_size": (8, 256), "vocab_size": (2, 32767)},
-    **{"tokenizer_stop": (1, 10**9), "tok_levels": (1, 8)},
-    **{"dropout": (0, 0.99), "imag_horizon": (2, 10**6), "max_grad_norm": (1e-9, 1e12)},
-    **{"temperature": (0, 1e6), "eval_temperature": (0, 1e6), "target_return": (-1e300, 1e300)},
-}
+    minatar=dict(
+        env_id="MinAtar/Breakout-v1", pixels=True, image_size=20, num_envs=4, tok_channels=128, tok_levels=1,
+        tok_attention="", tok_groups=1, tok_patch=4, tok_tiles=5, vocab_size=256, code_dim=64, tok_latent=64,
+        revive_codes=2000, tokenizer_lr=1e-3, world_model_lr=3e-4, ac_channels="32 64", lstm_size=256,
+        tokenizer_stop=25, mask_after_end=True, embed_dim=128, num_layers=4),
+)
 # fmt: on
 
 
 # ---- Maths -----------------------------------------------------------------------------------------------------------
 
 
-def lambda_values(rewards, values, ends, gamma, lam):
+def lambda_return(rewards, values, ends, gamma, lam):
     """Lambda returns (eq. 6 and 7): all (B, T) -> (B, T). G_T = V_T; the last step only bootstraps."""
-    live, out = gamma * (1 - ends.float()), values[:, -1]
-    returns = [out]
-    for t in reversed(range(rewards.shape[1] - 1)):
-        # NOTE: the bootstrap is V of the NEXT step, and reward and end are those that follow step t.
-        out = rewards[:, t] + live[:, t] * ((1 - lam) * values[:, t + 1] + lam * out)
-        returns.append(out)
+    returns = [values[:, -1]]
+    # NOTE: the bootstrap is V of the NEXT step, and reward and end are those that follow step t.
+    steps = zip(rewards.unbind(1)[:-1], (gamma * (1 - ends.float())).unbind(1), values.unbind(1)[1:])
+    for reward, live, value in reversed(list(steps)):
+        returns.append(reward + live * ((1 - lam) * value + lam * returns[-1]))
     return torch.stack(returns[::-1], 1)
-
-
-lambda_return = lambda_values  # the name of the paper's quantity; dreamerv3.py has one with other arguments
 
 
 def vector_quantize(z, codebook):
@@ -374,15 +220,12 @@ def vq_loss(z, z_q, beta=1.0):
     return ((z.detach() - z_q) ** 2).mean() + beta * ((z - z_q.detach()) ** 2).mean()
 
 
-def pixel_loss(x, x_hat):
+def recon_loss(x, x_hat):
     """Delta-IRIS's reconstruction loss: images (N, ...) in [0, 1] -> 0-dim."""
     # NOTE: never L1 alone. Its optimum is a median, which deletes small moving objects, and what the tokenizer drops
     # does not exist for the policy. The square and the largest error of an image keep them.
     d = (x - x_hat).abs().flatten(1)
     return 0.1 * d.mean() + (d**2).mean() + 0.01 * (d**2).amax(1).mean()
-
-
-recon_loss = pixel_loss  # dreamerv3.py has one for all kinds of observations
 
 
 def world_model_labels(tokens, rewards, ends, mask):
@@ -484,9 +327,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(
-            F.pad(x, (0, 1, 0, 1))
-        )  # NOTE: one row of zeros below, one column on the right, none elsewhere
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # NOTE: zeros below and on the right, none elsewhere
 
 
 class Upsample(nn.Module):
@@ -799,8 +640,8 @@ class ActorCritic(nn.Module):
         # Everything but the recurrence is one batch over all steps; LSTMCell's arithmetic is written out for that.
         x = F.linear(x.flatten(1), self.lstm.weight_ih, self.lstm.bias_ih).view(*frames.shape[:2], -1)  # (B, T, 4U)
         (h, c), outputs = state, []
-        for t in range(frames.shape[1]):
-            gates = (x[:, t] + F.linear(h, self.lstm.weight_hh, self.lstm.bias_hh)).float()
+        for t, x_t in enumerate(x.unbind(1)):
+            gates = (x_t + F.linear(h, self.lstm.weight_hh, self.lstm.bias_hh)).float()
             i, f, g, o = gates.chunk(4, -1)
             c_new = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h_new = torch.sigmoid(o) * torch.tanh(c_new)
@@ -814,15 +655,13 @@ class ActorCritic(nn.Module):
 
 
 class Iris(nn.Module):
-    """Tokenizer, world model, actor-critic and, if wanted, the slow copy of the latter."""
+    """Tokenizer, world model and actor-critic."""
 
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
-        self.tokenizer = Tokenizer(**c["tokenizer"])
-        self.world_model = WorldModel(tokens_per_frame=self.tokenizer.num_tokens, **c["world_model"])
-        self.actor_critic = ActorCritic(**c["actor_critic"])
-        self.target = copy.deepcopy(self.actor_critic).requires_grad_(False) if c["target_critic"] else None
+        self.tokenizer = Tokenizer(**config["tokenizer"])
+        self.world_model = WorldModel(tokens_per_frame=self.tokenizer.num_tokens, **config["world_model"])
+        self.actor_critic = ActorCritic(**config["actor_critic"])
 
     @torch.no_grad()
     def act(self, frames, state, temperature=1.0):
@@ -850,9 +689,7 @@ def iris_config(args, image_channels, actions):
     )  # fmt: skip
     actor_critic = dict(actions=actions, image_size=args.image_size, image_channels=image_channels)
     actor_critic |= dict(channels=ints(args.ac_channels), lstm_size=args.lstm_size)
-    return dict(
-        tokenizer=tokenizer, world_model=world_model, actor_critic=actor_critic, target_critic=args.target_critic
-    )
+    return dict(tokenizer=tokenizer, world_model=world_model, actor_critic=actor_critic)
 
 
 def count_params(model):
@@ -863,7 +700,6 @@ def count_params(model):
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
 
-# [optional: lpips
 class LPIPS(nn.Module):
     """Perceptual distance of images in [-1, 1]: differences of VGG16's features, weighted by learned 1x1 heads."""
 
@@ -901,16 +737,13 @@ class LPIPS(nn.Module):
         return out
 
 
-# lpips]
-
-
 def tokenizer_loss(model, batch, args, lpips=None, revive=None):
     """Autoencoder and codebook on single frames {"obs": (N, S, S, C)}."""
     x = to_images(batch["obs"])
     z, z_q, x_hat, _ = model.tokenizer(x, revive)
     losses = {"commitment": vq_loss(z, z_q, args.beta)}
     if lpips is None:
-        losses["reconstruction"] = args.recon_scale * pixel_loss(x, x_hat)
+        losses["reconstruction"] = args.recon_scale * recon_loss(x, x_hat)
     else:
         # NOTE: on the [-1, 1] scale, where L1 is twice as large; all three terms of the paper weigh 1.
         losses["reconstruction"] = 2 * (x - x_hat).abs().mean()
@@ -1010,8 +843,7 @@ def actor_critic_loss(model, batch, args):
     # NOTE: the gradient flows through the LSTM over the whole rollout and stops at the frames and at the burn-in.
     logits, values, _ = model.actor_critic(rollout.frames, state)  # (B, H, A), (B, H)
     with torch.no_grad():
-        boot = values if model.target is None else model.target(rollout.frames, burn_in(model.target, batch))[1]
-        returns = lambda_values(rollout.rewards, boot, rollout.ends, args.gamma, args.return_lambda)[:, :-1]
+        returns = lambda_return(rollout.rewards, values, rollout.ends, args.gamma, args.return_lambda)[:, :-1]
         # NOTE: the paper trains on what the model dreams after an end, too; only the return stops there.
         weight = torch.ones_like(returns)  # (B, H-1)
         if args.mask_after_end:
@@ -1042,27 +874,18 @@ def configure_optimizer(model, learning_rate, weight_decay, **options):
     return torch.optim.AdamW(groups, lr=learning_rate, **options)
 
 
-class IrisLearner:
+class Learner:
     """The networks, an optimizer for each of the three, and an update of each."""
 
-    PARTS = "tokenizer", "world_model", "actor_critic"
-
     def __init__(self, model, args, device):
-        self.model, self.args, self.device = model, args, device
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.model, self.args, self.device, self.params = model, args, device, list(model.parameters())
         self.bf16 = args.bf16 and device.type == "cuda"
-        self.lpips = None
-        # [optional: lpips
-        self.lpips = LPIPS(args.lpips_weights).to(device) if args.lpips_weights else None
-        # lpips]
-        options, self.opt = dict(fused=True, capturable=device.type == "cuda"), {}
-        for part in self.PARTS:
+        self.lpips, self.opt = LPIPS(args.lpips_weights).to(device) if args.lpips_weights else None, {}
+        for part in ("tokenizer", "world_model", "actor_critic"):
+            decay = args.weight_decay if part == "world_model" else 0.0  # at 0 AdamW is Adam
             rate = getattr(args, f"{part}_lr") or args.learning_rate
-            if part == "world_model":
-                self.opt[part] = configure_optimizer(model.world_model, rate, args.weight_decay, **options)
-            else:
-                self.opt[part] = torch.optim.Adam(getattr(model, part).parameters(), lr=rate, **options)
-        self.bad, self.names = {}, {}  # per part: which terms were not finite; set once, on the device
+            self.opt[part] = configure_optimizer(getattr(model, part), rate, decay, fused=True)
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)  # whether something was not finite, from then on
         # How often each code word was used since the last revival, and updates of the tokenizer.
         self.usage = torch.zeros(args.vocab_size, device=device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -1074,29 +897,17 @@ class IrisLearner:
         model.world_model.train(part == "world_model")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if part == "tokenizer":
-                losses, metrics = tokenizer_loss(
-                    model, batch, args, self.lpips, self.revive if args.revive_codes else None
-                )
-            elif part == "world_model":
-                losses, metrics = gpt_loss(model, batch, args)
+                revive = self.revive if args.revive_codes else None
+                losses, metrics = tokenizer_loss(model, batch, args, self.lpips, revive)
             else:
-                losses, metrics = actor_critic_loss(model, batch, args)
+                losses, metrics = (gpt_loss if part == "world_model" else actor_critic_loss)(model, batch, args)
         model.world_model.eval()
         opt.zero_grad()
         sum(losses.values()).backward()
-        params = [p for group in opt.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-        # No step on bad numbers, decided on the device. The main loop looks at `bad` when it reads metrics.
-        bad = ~torch.isfinite(torch.stack([*losses.values(), norm]).detach())
-        if part not in self.bad:
-            self.bad[part], self.names[part] = torch.zeros_like(bad), [*losses, "gradient norm"]
-        self.bad[part].copy_(torch.where(self.bad[part].any(), self.bad[part], bad))
-        ok = ~self.bad[part].any()
-        opt.found_inf = (~ok).float()  # the fused kernel then leaves parameters and moments alone
+        norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], args.max_grad_norm)
+        self.bad |= ~torch.isfinite(norm)
+        opt.found_inf = self.bad.float()  # no step any more, decided on the device: nothing waits for it
         opt.step()
-        if part == "actor_critic" and model.target is not None:
-            slow, fast = list(model.target.parameters()), [p.detach() for p in model.actor_critic.parameters()]
-            torch._foreach_lerp_(slow, fast, args.tau * ok)
         return {k: v.detach() for k, v in losses.items()} | metrics | {f"grad_norm_{part}": norm}
 
     @torch.no_grad()
@@ -1119,52 +930,31 @@ class IrisLearner:
         self.usage.scatter_add_(0, tokens, torch.ones_like(tokens, dtype=torch.float32))
         self.count += 1
 
-    def check(self, where=""):
-        """Raise FloatingPointError naming what was not finite. Waits for the device."""
-        for part, bad in self.bad.items():
-            if bad.any():
-                names = ", ".join(n for n, b in zip(self.names[part], bad.tolist(), strict=True) if b)
-                raise FloatingPointError(f"not finite at {where}: {names}; no optimizer step was taken")
+    def check(self, metrics, where):
+        """Ends the run naming what was not finite, if something was. Waits for the device."""
+        if self.bad:
+            names = ", ".join(k for k, v in metrics.items() if not math.isfinite(v))
+            names = names.replace("grad_norm", "gradient norm")
+            raise SystemExit(f"not finite at {where}: {names}; no step was taken, ckpt.pt is from before it")
 
     def state_dict(self):
         state = {"model": self.model.state_dict(), "usage": self.usage, "count": self.count}
-        return state | {"optimizers": {k: o.state_dict() for k, o in self.opt.items()}}
+        return state | {"opt": {k: o.state_dict() for k, o in self.opt.items()}}
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         for k, opt in self.opt.items():
-            opt.load_state_dict(state["optimizers"][k])
-            for group in opt.param_groups:  # the run may have begun on another kind of device
-                group["capturable"] = self.device.type == "cuda"
+            opt.load_state_dict(state["opt"][k])
         self.usage.copy_(state["usage"])
         self.count.copy_(state["count"])
 
 
-# [optional: compile
-def compile_iris(model, learner):
-    """Compile convolutions and the GPT's blocks; on a GPU capture each whole update in a CUDA graph."""
-    try:
-        torch.compile(lambda x: torch.sin(x) + 1)(torch.zeros(8, device=learner.device))  # is there a working compiler?
-    except Exception as e:
-        return say(f"warning: torch.compile does not work here ({type(e).__name__}); going on without it")
-    say("compiling: the first updates take a minute or more (--no-compile starts at once)")
-    for network in (model.tokenizer.encoder, model.tokenizer.decoder):
-        network.compile(dynamic=False)  # in place: parameter names in checkpoints stay as they are
-    for block in model.world_model.transformer.blocks:
-        # Around the attention, whose length grows with the memory: these have few shapes.
-        block.project, block.finish = (torch.compile(f, dynamic=False) for f in (block.project, block.finish))
-    if learner.device.type == "cuda":
-        update = learner.update
-        graphs = {part: Graphed(lambda batch, part=part: update(part, batch)) for part in learner.PARTS}
-        learner.update = lambda part, batch: graphs[part](batch)
-
-
-class Graphed:  # shared
+class Graphed:
     """A function of a dict of tensors, captured in a CUDA graph after three ordinary calls. Outputs are reused by
     later calls."""
 
     def __init__(self, function):
-        self.function, self.calls, self.graph, self.stream = function, 0, None, torch.cuda.Stream()
+        self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
 
     def __call__(self, inputs):
         self.calls += 1
@@ -1174,7 +964,7 @@ class Graphed:  # shared
                 outputs = self.function(inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
-        if self.graph is None:
+        if self.calls == 4:
             self.inputs, self.graph = {k: v.clone() for k, v in inputs.items()}, torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):  # records, does not run
                 self.outputs = self.function(self.inputs)
@@ -1183,7 +973,16 @@ class Graphed:  # shared
         return self.outputs
 
 
-# compile]
+def compile_model(model, learner):
+    """Compile convolutions and the GPT's blocks; capture each whole update in a CUDA graph."""
+    print("compiling: the first updates take a minute or more (--no-compile starts at once)", flush=True)
+    for network in (model.tokenizer.encoder, model.tokenizer.decoder):
+        network.compile(dynamic=False)  # in place: parameter names in checkpoints stay as they are
+    for block in model.world_model.transformer.blocks:
+        # Around the attention, whose length grows with the memory: these have few shapes.
+        block.project, block.finish = (torch.compile(f, dynamic=False) for f in (block.project, block.finish))
+    graphs = {part: Graphed(partial(learner.update, part)) for part in learner.opt}
+    learner.update = lambda part, batch: graphs[part](batch)
 
 
 # ---- Replay ----------------------------------------------------------------------------------------------------------
@@ -1213,10 +1012,6 @@ class EpisodeReplay:
         specs = {"obs": (shape, torch.uint8), "action": ((), torch.int64), "reward": ((), torch.float32)}
         return specs | {"end": ((), torch.bool), "tokens": ((tokens,), torch.int16), "recon": (shape, torch.uint8)}
 
-    @staticmethod
-    def row_bytes(specs):
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-
     def add(self, rows, last):
         """Append one row to each environment: rows {name: (N, ...)}; last (N,): the episode ends here."""
         index = torch.as_tensor(np.arange(len(last)) * self.capacity + self.count % self.capacity, device=self.device)
@@ -1231,10 +1026,6 @@ class EpisodeReplay:
         self.count += 1
         for e in np.flatnonzero(last):
             self.open[e] = False
-
-    def cut(self):
-        """Close every open episode, without an end."""
-        self.open = [False] * len(self.open)
 
     def table(self):
         """Episodes (n, 3) as far as they are still in the ring; forgets those that are not."""
@@ -1274,10 +1065,6 @@ class EpisodeReplay:
         batch = {"recon": self.gather("recon", index[:, :-1]), "mask": mask[:, :-1]}
         return batch | {"tokens": self.gather("tokens", index[:, -1]).long()}
 
-    def forget_codes(self):
-        """The tokenizer has changed: what was encoded is no longer valid."""
-        self.encoded[:] = 0
-
     @torch.no_grad()
     def encode(self, tokenizer, device):
         """Tokens and reconstructions of all rows that have none from this tokenizer, in blocks of fixed places and
@@ -1312,12 +1099,11 @@ class EpisodeReplay:
 # ---- Environment -----------------------------------------------------------------------------------------------------
 
 
-# [optional: catch
 class Catch(gym.Env):
     """A ball falls through 8x8 cells; move the paddle below it. +1 caught, -1 missed, 7 steps. 4 pixels per cell."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
-    observation_space, action_space = gym.spaces.Box(0, 255, (32, 32, 3), np.uint8), gym.spaces.Discrete(3)
+    observation_space, action_space = spaces.Box(0, 255, (32, 32, 3), np.uint8), spaces.Discrete(3)
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
@@ -1341,427 +1127,295 @@ class Catch(gym.Env):
 
 if "Catch-v0" not in gym.registry:
     gym.register("Catch-v0", entry_point=Catch, max_episode_steps=100)
-# catch]
 
 
-def resize(image, size):  # shared
-    """(H, W, C) uint8 -> (size, size, C), bilinear."""
-    if image.shape[:2] == (size, size):
-        return image
-    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    return np.asarray(picture.resize((size, size), Image.BILINEAR)).reshape(size, size, -1)
+def resize(image, size):
+    """(H, W, C) uint8 of any number of channels -> (size, size, C), bilinear, always a copy."""
+    planes = [Image.fromarray(p).resize((size, size), Image.BILINEAR) for p in np.moveaxis(image, 2, 0)]
+    return np.stack([np.asarray(p) for p in planes], 2)
 
 
 class AtariLives(gym.Wrapper):
-    """Frame skip with the maximum of the last two frames, 1 to `noop_max` no-ops, episodes of one life if wanted."""
+    """Frame skip with the maximum of the last two frames, 1 to `noop_max` no-ops; says when a life was lost."""
 
-    complete = True  # no further wrapper repeats actions or draws
-
-    def __init__(self, env, repeat, size, noop_max, episodic_life):
+    def __init__(self, env, args, noop_max):
         super().__init__(env)
-        self.repeat, self.size, self.noop_max, self.episodic_life = repeat, size, noop_max, episodic_life
-        self.over, self.lives = True, 0
-        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.args, self.noop_max = args, noop_max
+        self.observation_space = spaces.Box(0, 255, (args.image_size, args.image_size, 3), np.uint8)
 
     def reset(self, *, seed=None, options=None):
-        """After a lost life the game goes on, with one no-op; options={"full": True} begins a new game even then."""
-        if not self.over and self.episodic_life and not (options or {}).get("full"):
-            picture, _, _, _, info = self.step(0)
-            if not self.over:  # whether or not that lost another life
-                return picture, info
-        frame, info = self.env.reset(seed=seed)
-        noops = np.random.default_rng(seed).integers(1, self.noop_max + 1) if self.noop_max else 0
-        for _ in range(noops):
+        frame, info = self.env.reset(seed=seed, options=options)
+        for _ in range(np.random.default_rng(seed).integers(1, self.noop_max + 1)):
             frame, _, terminated, truncated, info = self.env.step(0)
             if terminated or truncated:
-                frame, info = self.env.reset()
-        self.over, self.lives = False, self.unwrapped.ale.lives()
-        return resize(frame, self.size), info
+                frame, info = self.env.reset(options=options)
+        return resize(frame, self.args.image_size), info
 
     def step(self, action):
-        total, frames = 0.0, []
-        for _ in range(self.repeat):
+        total, frames, lives = 0.0, [], self.unwrapped.ale.lives()
+        for _ in range(self.args.action_repeat or 4):
             frame, reward, terminated, truncated, info = self.env.step(action)
             total, frames = total + float(reward), [*frames[-1:], frame]
             if terminated or truncated:
                 break
-        self.over, lives = terminated or truncated, self.unwrapped.ale.lives()
-        # NOTE: not at 0 lives: there some games go on for a few frames, and the emulator says itself when it is over.
-        if self.episodic_life and 0 < lives < self.lives:
-            terminated = True
-        self.lives = lives
+        # NOTE: a lost life is an episode's end for learning, but the game goes on; gymnasium's and ale-py's options
+        # start a new game. Not at 0 lives: there some games go on for a few frames, and the emulator says when.
+        info = info | {"life_lost": 0 < self.unwrapped.ale.lives() < lives}
         # NOTE: every frame is resized first and the maximum taken then, as the authors do.
-        return np.max([resize(f, self.size) for f in frames], axis=0), total, terminated, truncated, info
+        picture = np.max([resize(f, self.args.image_size) for f in frames], axis=0)
+        return picture, total, terminated, truncated, info
 
 
-def draw_minatar(state, size):  # shared
-    """(10, 10, C) bool -> (size, size, 3) uint8: one hue per channel, whole pixels, black border."""
-    hues = np.linspace(0, 1, state.shape[2], endpoint=False)[:, None] + np.array([0, 1 / 3, 2 / 3])
-    colors = (255 * np.clip(np.abs(hues % 1 * 6 - 3) - 1, 0.15, 1)).astype(np.uint8)  # (C, 3)
-    image = np.zeros((*state.shape[:2], 3), np.uint8)
-    for channel, color in enumerate(colors):
-        image[state[..., channel]] = color
-    zoom = max(1, size // state.shape[0])
-    image = image.repeat(zoom, 0).repeat(zoom, 1)[:size, :size]
-    pad = [((size - n) // 2, size - n - (size - n) // 2) for n in image.shape[:2]]
-    return np.pad(image, (*pad, (0, 0)))
-
-
-class Pixels(gym.ObservationWrapper):  # shared
-    """Observe what the environment draws (MinAtar: its state in colours) instead of its own observation."""
+class MinAtar(gym.Wrapper):
+    """MinAtar with a picture of its state: (10, 10, C) bool -> (size, size, 3), one hue per channel."""
 
     def __init__(self, env, size):
         super().__init__(env)
-        self.size, self.minatar = size, hasattr(env.unwrapped, "game") and hasattr(env.unwrapped.game, "state_shape")
-        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
-
-    def observation(self, obs):
-        if self.minatar:
-            return draw_minatar(self.unwrapped.game.state(), self.size)
-        image = self.env.render()
-        if not isinstance(image, np.ndarray):
-            raise ValueError(f"--pixels needs rgb_array images (H, W, 3) from render(), found {type(image).__name__}")
-        return resize(image, self.size)
-
-
-class Repeat(gym.Wrapper):  # shared
-    """Repeat each action, add up the rewards, stop at the end of the episode."""
-
-    def __init__(self, env, repeat):
-        super().__init__(env)
-        self.repeat = repeat
-
-    def step(self, action):
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
-
-
-class Adapter(gym.Wrapper):  # shared
-    """Any supported environment as: Dict observations (uint8 images (H, W, C), float32 vectors (n,), int64 numbers) and
-    Discrete(n) or Box(-1, 1) actions. Raises ValueError with what was wanted and what was found."""
-
-    def __init__(self, env, size):
-        super().__init__(env)
-        space, self.size, self.kinds = env.observation_space, size, {}
-        self.single = not isinstance(space, gym.spaces.Dict)
-        self.source = {"observation": space} if self.single else dict(space.spaces)
-        out = {}
-        for key, s in self.source.items():
-            if isinstance(s, gym.spaces.Discrete):
-                self.kinds[key], out[key] = "number", gym.spaces.Discrete(s.n)
-            elif isinstance(s, gym.spaces.Box) and s.dtype == np.uint8 and len(s.shape) > 1:
-                if len(s.shape) != 3 or s.shape[2] not in (1, 3):
-                    raise ValueError(f"images must be uint8 (height, width, 1 or 3), {key!r} is {s.dtype} {s.shape}")
-                self.kinds[key], out[key] = "image", gym.spaces.Box(0, 255, (size, size, s.shape[2]), np.uint8)
-            elif isinstance(s, gym.spaces.Box) and math.prod(s.shape) <= 4096:
-                n = math.prod(s.shape)
-                self.kinds[key], out[key] = "vector", gym.spaces.Box(-np.inf, np.inf, (n,), np.float32)
-            else:
-                found = f"{s} in a Dict with the keys {sorted(self.source)}" if not self.single else str(s)
-                wanted = "images, vectors of up to 4096 numbers or Discrete"
-                raise ValueError(f"observations must be {wanted}, {key!r} is {found}")
-        self.observation_space, a = gym.spaces.Dict(out), env.action_space
-        if isinstance(a, gym.spaces.Discrete):
-            self.action_space = gym.spaces.Discrete(a.n)
-        elif isinstance(a, gym.spaces.Box) and len(a.shape) == 1 and a.dtype.kind == "f":
-            self.action_space = gym.spaces.Box(-1, 1, a.shape, np.float32)
-        else:
-            raise ValueError(f"actions must be Discrete or a one-dimensional float Box, found {a}")
-
-    def convert(self, obs):
-        obs, out = {"observation": obs} if self.single else obs, {}
-        for key, kind in self.kinds.items():
-            value, space = np.asarray(obs[key]), self.source[key]
-            if value.shape != space.shape or (kind == "image" and value.dtype != np.uint8):
-                sent = f"{value.dtype} {value.shape}"
-                raise ValueError(f"{key!r} is declared {space.dtype} {space.shape}, the environment sent {sent}")
-            if kind == "image":
-                out[key] = resize(value, self.size)
-            elif kind == "number":
-                out[key] = np.int64(value - space.start)
-            else:
-                out[key] = value.astype(np.float32).reshape(-1)
-        return out
+        hues = np.linspace(0, 1, env.unwrapped.game.n_channels, endpoint=False)[:, None] + np.array([0, 1 / 3, 2 / 3])
+        self.size, self.colors = size, (255 * np.clip(np.abs(hues % 1 * 6 - 3) - 1, 0.15, 1)).astype(np.uint8)  # (C, 3)
 
     def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=seed, options=options)
-        return self.convert(obs), info
+        self.unwrapped.game.last_action = 0  # NOTE: else the first sticky action comes from the episode before
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, action):
-        space = self.env.action_space
-        if isinstance(space, gym.spaces.Discrete):
-            action = int(action) + int(space.start)
-        else:  # the policy's Gaussian is unbounded: clip, then stretch to the environment's bounds where it has them
-            action = np.clip(action, -1, 1)
-            bounded = np.isfinite(space.low) & np.isfinite(space.high)
-            low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-            action = (low + (action + 1) / 2 * (high - low)).astype(space.dtype)
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return self.convert(obs), float(reward), bool(terminated), bool(truncated), info
+        clock = (
+            self.unwrapped.game.env_name == "freeway"
+        )  # NOTE: it ends by its clock alone, which is no terminal state
+        return obs, reward, terminated and not clock, truncated or terminated and clock, info
+
+    def render(self):  # NOTE: the package's own picture is float in 0..1
+        image, scale = np.zeros((10, 10, 3), np.uint8), max(1, self.size // 10)
+        for channel, color in enumerate(self.colors):
+            image[self.unwrapped.game.state()[..., channel]] = color
+        rest = max(0, self.size - 10 * scale)
+        return np.pad(image.repeat(scale, 0).repeat(scale, 1), [(rest // 2, rest - rest // 2)] * 2 + [(0, 0)])
 
 
-PACKAGES = {"ALE": ("ale_py", "ale-py"), "MinAtar": ("minatar", "minatar")}
-
-
-def env_family(args):  # shared
-    """ALE, MinAtar, dm_control, or whatever stands before the slash of an id."""
-    return args.env_id.split(":")[-1].split("/")[0]
-
-
-def registered_env(args, **kwargs):  # shared
-    """An environment of gymnasium's registry, where those of ALE and MinAtar are put first; `kwargs` win over flags."""
-    family, kwargs = env_family(args), json.loads(args.env_kwargs) | kwargs
+def make_env(args, seed, noop_max=1):
+    """The environment as the agent sees it. Observations: uint8 images (size, size, C); actions: Discrete(n). Raises
+    ValueError with what was wanted and what was found. Episodes are functions of the seed of their reset and of the
+    actions; a first reset without a seed goes on from `seed`. noop_max: Atari's no-ops at a game's start, at most."""
+    *modules, name = args.env_id.split(":")
+    family, kwargs = name.split("/")[0], json.loads(args.env_kwargs)
+    for module in modules:
+        importlib.import_module(module)
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draw without a display
     if family == "ALE":
-        import ale_py
+        import ale_py  # noqa: F401 (registers its ids)
 
-        gym.register_envs(ale_py)
+        # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours, and it is the only one.
+        frames = args.max_frames if noop_max > 1 else 108_000
+        kwargs = dict(frameskip=1, repeat_action_probability=0, max_num_frames_per_episode=frames) | kwargs
     elif family == "MinAtar":
         import minatar.gym
 
-        if args.env_id not in gym.registry:
+        if name not in gym.registry:
             minatar.gym.register_envs()
-        kwargs |= dict(max_episode_steps=2500) if not args.max_episode_steps else {}  # MinAtar has no limit
-    if args.pixels and family != "MinAtar":
-        kwargs |= dict(render_mode="rgb_array")
-    return gym.make(args.env_id, **kwargs)
+        kwargs = dict(max_episode_steps=args.max_episode_steps or 2500) | kwargs  # it has no limit of its own
+    creator = gym.spec(name).entry_point
+    creator = gym.envs.registration.load_env_creator(creator) if isinstance(creator, str) else creator
+    if "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ()):
+        kwargs = dict(render_mode="rgb_array") | kwargs
+    env = gym.make(name, disable_env_checker=True, **kwargs)
+    env = gym.wrappers.TransformReward(env, lambda r: float(np.asarray(r).item()))  # some send arrays of one number
+    if family == "ALE":
+        env = AtariLives(env, args, noop_max)
+    elif (args.action_repeat or 1) > 1:
+        env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    env = MinAtar(env, args.image_size if args.pixels else 160) if family == "MinAtar" else env
+    env = gym.wrappers.AddRenderObservation(env) if args.pixels and family != "ALE" else env
+    space, a = env.observation_space, env.action_space
+    shape = (*space.shape, 1) if len(space.shape or ()) == 2 else space.shape
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(shape) != 3:
+        raise ValueError(f"observations must be one uint8 image (or --pixels), found {space}")
+    if not isinstance(a, spaces.Discrete):
+        raise ValueError(f"tokens of actions need Discrete actions, found {a}; dreamerv3.py takes a Box")
+    axis = 0 if shape[0] < min(shape[1:]) else 2  # of the channels: frame stacks have them in front
+    box = spaces.Box(0, 255, (args.image_size, args.image_size, shape[axis]), np.uint8)
+    see = lambda x: resize(np.moveaxis(np.reshape(x, shape), axis, 2), args.image_size)  # noqa: E731
+    env = gym.wrappers.TransformObservation(env, see, box)
+    env = gym.wrappers.TransformAction(env, lambda x: int(x) + int(a.start), spaces.Discrete(a.n))
+    env = gym.wrappers.TimeLimit(env, args.max_episode_steps) if args.max_episode_steps else env
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+    env.reset(seed=int(seed))
+    return env
 
 
-def atari_lives(args):
-    # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours, and it is the only one.
-    settings = dict(repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space)
-    env = registered_env(args, frameskip=1, max_num_frames_per_episode=args.max_frames, **settings)
-    return AtariLives(env, args.action_repeat or 4, args.image_size, args.noop_max, args.episodic_life)
+# ---- Plumbing (shared by all scripts) --------------------------------------------------------------------------------
 
 
-def box_actions_only(args):
-    raise ValueError("tokens of actions need Discrete actions; DeepMind Control has Box actions")
+def fail(message):  # shared
+    """The user's input is wrong: one line, exit code 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-# Environments that are not built by gymnasium.make alone.
-FAMILIES = {"ALE": atari_lives, "dm_control": box_actions_only}
+def parse_args(cls, presets, description):  # shared
+    """Command line -> cls. Defaults: --preset, or the run given to --resume, of which little may change. Flags win."""
+    words = [w for a in sys.argv[1:] for w in a.split("=", 1)]
+    given = {w.replace("_", "-"): v for w, v in zip(words, words[1:]) if w.startswith("--")}
+    defaults, run = presets.get(given.get("--preset"), {}), given.get("--resume")
+    own = defaults.get("env_id", getattr(cls, "env_id", ""))
+    if given.get("--env-id", own).split("/")[0] != own.split("/")[0]:  # what a preset says belongs to its environments
+        defaults = {k: v for k, v in defaults.items() if k not in ("env_kwargs", "action_repeat", "max_episode_steps")}
+    if run is not None:
+        try:
+            info = json.loads(Path(run, "args.json").read_text(encoding="utf-8"))
+            if info["script"] != Path(sys.modules[cls.__module__].__file__).stem:
+                raise ValueError(f"it was made by {info['script']}.py")
+            defaults = info["args"]
+        except (OSError, ValueError, KeyError) as e:
+            fail(f"--resume {run}: {e}")
+    args = tyro.cli(cls, description=description, default=cls(**defaults))
+    free = "resume exp_name cuda compile num_threads num_workers track target_return total_timesteps eval_episodes "
+    free += "log_every save_every dataset"  # changing anything else would make it another run
+    for name in defaults if run is not None else ():
+        if (value := getattr(args, name)) != defaults[name] and name not in free.split():
+            fail(f"--{name.replace('_', '-')} is {defaults[name]} in {run} and cannot change, got {value}")
+    return args
 
 
-def make_env(args, index, key=0):  # shared
-    """A function that builds environment `index`, with every wrapper. Episodes of different keys never share a seed."""
-
-    def thunk():
-        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draw without a display
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        env = FAMILIES.get(env_family(args), registered_env)(args)
-        if not getattr(env, "complete", False):  # Atari's wrapper repeats and draws by itself
-            env = Repeat(env, args.action_repeat) if (args.action_repeat or 1) > 1 else env
-            env = Pixels(env, args.image_size) if args.pixels else env
-        env = Adapter(env, args.image_size)
-        if args.max_episode_steps:
-            env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
-        return CheckedEnv(SeededReset(gym.wrappers.RecordEpisodeStatistics(env), (args.seed, key, index)), index)
-
-    return thunk
-
-
-def make_envs(args, n, key=0):  # shared
-    """n environments in lockstep. NOTE: SAME_STEP, so that the true last observation arrives with the end of its
-    episode."""
-    return gym.vector.SyncVectorEnv(
-        [make_env(args, i, key) for i in range(n)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
-    )
-
-
-def to_torch(obs, device):  # shared
-    return {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
-
-
-# ---- Evaluation and dreams -------------------------------------------------------------------------------------------
-
-
-def random_policy(action_space, seed):  # shared
-    """Uniform actions, as a policy: observations, is_first, its state -> actions, its state."""
-    rng, n = np.random.default_rng(seed), getattr(action_space, "n", None)
-    shape = () if n else action_space.shape
-
-    def policy(obs, first, state):
-        size = (len(first), *shape)
-        return (rng.integers(n, size=size) if n else rng.uniform(-1, 1, size).astype(np.float32)), state
-
-    return policy
-
-
-def eval_args(args):
-    """Evaluation plays whole games from one no-op, up to half an hour, with the environment's own rewards."""
-    return replace(args, episodic_life=False, noop_max=min(1, args.noop_max), max_frames=108_000)
-
-
-def agent_policy(model, device, temperature=0.5):
-    """The trained actor, with its recurrent state, as a policy for play_episodes."""
-
-    def policy(obs, first, state):
-        (frames,) = obs.values()
-        keep = torch.as_tensor(~first, device=device).unsqueeze(-1)
-        state = model.actor_critic.initial(len(first), device) if state is None else [s * keep for s in state]
-        action, state = model.act(torch.as_tensor(frames, device=device), state, temperature)
-        return action.cpu().numpy(), state
-
-    return policy
-
-
-def picture_of(env, obs):  # shared
-    """What the environment renders, if it does, else its observation."""
-    image = env.render() if getattr(env.unwrapped, "render_mode", None) == "rgb_array" else None
-    return image if isinstance(image, np.ndarray) and image.ndim == 3 else draw(obs)
-
-
-def play_episodes(args, policy, episodes, key, video=None, stop=None):  # shared
-    """Returns of one episode in each of `episodes` fresh environments; `video`: path for a GIF of the first one;
-    `stop`: a StopSignal that ends it early."""
-    envs, frames, state, first = make_envs(args, episodes, key), [], None, np.ones(episodes, bool)
-    returns, alive = np.zeros(episodes), np.ones(episodes, bool)
+def start_run(args, subject, device, step=None):  # shared
+    """Run directory (runs/{subject}__{exp_name}__{seed}__{time}, or the resumed one) with args.json (flags, command,
+    commit, versions, hardware) and the script, and its SummaryWriter. step: where a resumed run goes on."""
+    script = Path(sys.modules[type(args).__module__].__file__).resolve()
+    name = f"{subject}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run = args.resume or os.path.join("runs", name)
+    git = f"git -C {shlex.quote(str(script.parent))} describe --always --dirty 2>/dev/null"
+    cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1]
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
+    info = dict(script=script.stem, command=sys.argv, args=asdict(args) | {"resume": None}, hardware=hardware)
+    info |= dict(commit=subprocess.getoutput(git) or "unknown", versions={"torch": torch.__version__})
     try:
-        obs, _ = envs.reset()
-        for _ in range(args.max_episode_steps or 27_000):  # an environment without a limit ends here
-            if video and alive[0]:
-                frames.append(picture_of(envs.envs[0], {k: v[0] for k, v in obs.items()}))
-            actions, state = policy(obs, first, state)
-            obs, reward, terminated, truncated, _ = envs.step(actions)
-            returns, first = returns + reward * alive, terminated | truncated
-            alive &= ~first
-            if not alive.any() or (stop and stop.signum):
-                break
-    finally:
-        envs.close()
-    if video:
-        save_gif(frames, video)
-    return [float(r) for r in returns]
+        os.makedirs(run, exist_ok=bool(args.resume))
+        shutil.copy(script, run)
+        Path(run, "args.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+    except OSError as e:
+        fail(f"cannot write {run}: {e}")
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.track, id=Path(run).name, resume="allow", config=vars(args), sync_tensorboard=True)
+    return run, SummaryWriter(run, purge_step=step)
 
 
-def record(args, policy, obs_space, n, length, key, tokens):
-    """`length` steps of n fresh environments under `policy`, as an EpisodeReplay."""
-    envs, state, first, (name,) = make_envs(args, n, key), None, np.ones(n, bool), obs_space
-    clips = EpisodeReplay(length, n, EpisodeReplay.specs(obs_space[name].shape, tokens))
+def seed_everything(args, device):  # shared
+    """Seeds, determinism, threads and the allocator of this process."""
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    if device.type == "cpu":  # repeated indices in an assignment: the last one wins, also with several threads
+        torch.use_deterministic_algorithms(args.torch_deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    # NOTE: glibc hands every large tensor back to the system when it is freed and faults its pages in again when the
+    # next one is made: a third of the CPU time of image models. Keep it (M_MMAP_MAX 0, M_TRIM_THRESHOLD 2 GB).
+    for option, value in ((-4, 0), (-1, 2**31 - 1)) if sys.platform == "linux" and device.type == "cpu" else ():
+        ctypes.CDLL(None).mallopt(option, value)
+
+
+def save_checkpoint(state, run):  # shared
+    """RUN/ckpt.pt is the new state or the old one, never half of either; the old one stays as ckpt.prev.pt."""
+    path, cuda = os.path.join(run, "ckpt.pt"), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    torch.save(state | {"rng": [torch.get_rng_state(), *cuda]}, path + ".tmp")
+    if os.path.exists(path):
+        os.replace(path, os.path.join(run, "ckpt.prev.pt"))
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(run):  # shared
+    """The newest checkpoint of a run; tensors and plain types only, so that a stranger's file runs no code."""
+    path = os.path.join(run, "ckpt.pt")
+    path = path if os.path.exists(path) else os.path.join(run, "ckpt.prev.pt")
     try:
-        obs, _ = envs.reset()
-        for _ in range(length):
-            actions, state = policy(obs, first, state)
-            frames = obs[name]
-            obs, reward, terminated, truncated, _ = envs.step(actions)
-            first = terminated | truncated
-            clips.add({"obs": frames, "action": actions, "reward": reward, "end": first}, first)
-    finally:
-        envs.close()
-    return clips
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as e:
+        fail(f"cannot read {path} ({type(e).__name__}: {str(e).split('.')[0]})")
 
 
-@torch.no_grad()
-def open_loop(model, clips, args):
-    """Tokenizer and world model on clips (an EpisodeReplay) that they did not learn from. Returns metrics beside those
-    of trivial predictors and, for a video, frames, reconstructions and dreams, each (n, L, S, S, C) uint8: the dream
-    sees the first frame and then follows the true actions."""
-    device = next(model.parameters()).device
-    clips.encode(model.tokenizer, device)
-    x, recon = (to_images(clips.data[k].to(device)) for k in ("obs", "recon"))  # (n, L, C, S, S)
-    n, length = x.shape[:2]
-    tokens, action = clips.data["tokens"].long().to(device), clips.data["action"].to(device)
-    reward, end = clips.data["reward"].to(device), clips.data["end"].to(device)
-    alive = torch.cat([torch.ones(n, 1, device=device), (1 - end.float()).cumprod(1)[:, :-1]], 1)  # (n, L)
-    flow = 1 - end[:, :-1].float()  # (n, L - 1): the next frame is of the same episode
-
-    def mean(error, mask):
-        error = error.flatten(2).mean(-1)
-        return float((error * mask).sum() / mask.sum().clamp(min=1))
-
-    metrics = {"posterior_mse": mean((recon - x) ** 2, torch.ones_like(alive))}
-    metrics["mean_frame_mse"] = mean((x.mean((0, 1), keepdim=True) - x) ** 2, torch.ones_like(alive))
-    if length > 1:  # NOTE: what moves is a small part of an image; an error of the whole hides that it is lost
-        moved = (x[:, 1:] != x[:, :-1]).any(2, keepdim=True) * flow[..., None, None, None]
-        error = ((recon - x)[:, 1:] ** 2 * moved).sum() / (moved.sum() * x.shape[2]).clamp(min=1)
-        metrics["moving_pixels_mse"] = float(error)
-    rng, clips.rng = clips.rng, np.random.default_rng(0)
-    batch = {k: v.to(device) for k, v in clips.segments(clips.table(), 256, args.batch_length).items()}
-    clips.rng = rng
-    metrics |= {k: float(v) for k, v in gpt_loss(model, batch, args)[1].items()}
-    now, then, both = batch["tokens"][:, :-1], batch["tokens"][:, 1:], batch["mask"][:, 1:]
-    metrics["copy_token_accuracy"] = float(((now == then).float().mean(-1) * both).sum() / both.sum().clamp(min=1))
-
-    kv, current, frames, right, imagined = model.world_model.cache(n), tokens[:, 0], [x[:, 0]], [], [recon[:, 0]]
-    for t in range(length - 1):
-        r, _, current = dream_step(model.world_model, kv, current, action[:, t])
-        right.append((r == reward[:, t].sign()).float())
-        imagined.append(model.tokenizer.show(current))
-        frames.append(x[:, 0])
-    dream, first = torch.stack(imagined, 1), torch.stack(frames, 1)
-    metrics["open_loop_mse"] = mean((dream - x)[:, 1:] ** 2, alive[:, 1:])
-    metrics["copy_last_mse"] = mean((first - x)[:, 1:] ** 2, alive[:, 1:])
-    if right:
-        metrics["open_loop_reward_accuracy"] = mean(torch.stack(right, 1).unsqueeze(-1), alive[:, :-1])
-    shown = max(1, int(alive.all(0).sum()))  # the video ends with the first episode that does
-    to_uint8 = lambda v: (v[:, :shown].movedim(-3, -1) * 255).round().to(torch.uint8).cpu().numpy()  # noqa: E731
-    return metrics, tuple(map(to_uint8, (x, recon, dream)))
+def set_rng_state(state):  # shared
+    """Go on with the random numbers of a checkpoint."""
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1 : 1 + torch.cuda.device_count()])
 
 
-def draw(obs, size=96):  # shared
-    """One observation {key: array} as an RGB picture: its first image, or else bars for its numbers."""
-    for value in obs.values():
-        if np.ndim(value) == 3:
-            image = np.broadcast_to(value, (*value.shape[:2], 3))
-            return np.ascontiguousarray(image.repeat(z := max(1, size // len(image)), 0).repeat(z, 1))
-    numbers = np.concatenate([np.atleast_1d(v).astype(np.float32).ravel() for v in obs.values()])[: size // 3]
-    image, width = np.full((size, size, 3), 24, np.uint8), size // len(numbers)
-    for i, height in enumerate(size // 2 - (np.tanh(numbers) * (size // 2 - 4)).astype(int)):
-        top, bottom = sorted((int(height), size // 2))
-        image[top : bottom + 2, i * width + 1 : (i + 1) * width - 1] = (90, 170, 250)
-    return image
+def stop_signals():  # shared
+    """A list that gets the number of the first SIGTERM or Ctrl-C; a second one kills at once."""
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    return stop
 
 
-def three_rows(real, recon, dream):
-    """Frames of the report's video: real (grey border), reconstructed (green: the model sees the frame) and dreamed
-    (red after the first frame) below each other, clips (n, L, S, S, C) side by side."""
-    frames = []
-    for t in range(real.shape[1]):
-        columns = []
-        for n in range(min(4, len(real))):
-            rows = [(real, (90, 90, 90)), (recon, (60, 200, 90)), (dream, (230, 70, 70) if t else (60, 200, 90))]
-            for i, (clips, border) in enumerate(rows):
-                image = draw({"": clips[n, t]})
-                rows[i] = np.full((len(image) + 6, image.shape[1] + 6, 3), border, np.uint8)
-                rows[i][3:-3, 3:-3] = image
-            columns.append(np.concatenate(rows))
-        frames.append(np.concatenate(columns, 1))
-    return frames
+def leave(run, stop):  # shared
+    """Exit as the signal asks for, if there was one. To be called after a checkpoint."""
+    if stop:
+        again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)}"
+        print(f"stopped by signal {stop[0]}; to go on: {again}", flush=True)
+        raise SystemExit(128 + stop[0])
 
 
-def space_to(space):  # shared
-    """A space of Adapter in plain types."""
-    if isinstance(space, gym.spaces.Dict):
-        return {k: space_to(s) for k, s in space.items()}
-    if isinstance(space, gym.spaces.Discrete):
-        return int(space.n)
-    return [list(space.shape), str(space.dtype), float(space.high.flat[0])]
+# ---- Agent: what the tools in benchmarks/ use ------------------------------------------------------------------------
 
 
-def space_from(plain):  # shared
-    if isinstance(plain, dict):
-        return gym.spaces.Dict({k: space_from(v) for k, v in plain.items()})
-    if isinstance(plain, int):
-        return gym.spaces.Discrete(plain)
-    shape, dtype, high = plain
-    return gym.spaces.Box(0 if dtype == "uint8" else -high, high, tuple(shape), np.dtype(dtype).type)
+class Agent:
+    """A model behind the interface that all scripts share. Observations and actions are numpy, batch first, with the
+    types of `make_env`'s spaces; states are tuples of tensors, batch first."""
 
+    def __init__(self, model, args, device="cpu"):
+        self.model, self.args, self.device = model, args, device
 
-def load_agent(path, device="cpu"):
-    """Model and checkpoint of a run directory, to act or to dream: model, state."""
-    state = load_checkpoint(path, "iris")
-    model = Iris(state["config"])
-    model.load_state_dict(state["learner"]["model"])
-    return model.to(device).eval(), state
+    def seed(self, seed):
+        """Its noise comes from torch's generator."""
+        torch.manual_seed(int(seed))
+
+    def tensor(self, x):
+        return torch.as_tensor(np.asarray(x), device=self.device)
+
+    def show(self, tokens):
+        """Tokens (N, K) -> frames (N, S, S, C) uint8."""
+        return (self.model.tokenizer.show(tokens) * 255).round().byte().movedim(1, -1).cpu().numpy()
+
+    @torch.no_grad()
+    def act(self, obs, state, first, greedy=False, temperature=None):
+        """obs (N, ...), state None at the start, first (N,): a new episode begins -> actions (N,), state of the LSTM.
+        temperature: of the policy (None: --eval-temperature)."""
+        state = self.model.actor_critic.initial(len(first), self.device) if state is None else state
+        state = tuple(s * ~self.tensor(first)[:, None] for s in state)
+        temperature = 0 if greedy else self.args.eval_temperature if temperature is None else temperature
+        actions, state = self.model.act(self.tensor(obs), state, temperature)
+        return actions.cpu().numpy(), state
+
+    @torch.no_grad()
+    def observe(self, obs, actions):
+        """obs (N, T, ...), actions (N, T-1) from an episode's beginning -> what the GPT remembers, a quarter of its
+        memory: tokens of the last frames with the actions between them (N, n); reconstructions of all frames."""
+        N, T = obs.shape[:2]
+        tokens = self.model.tokenizer.encode(to_images(self.tensor(obs).flatten(0, 1)))
+        seen = self.show(tokens).reshape(obs.shape)
+        blocks = torch.cat([tokens.view(N, T, -1), F.pad(self.tensor(actions).long(), (0, 1))[..., None]], -1)
+        return (blocks[:, -max(1, self.args.batch_length // 4) :].flatten(1)[:, :-1],), seen
+
+    @torch.no_grad()
+    def imagine(self, state, actions):
+        """One imagined transition of N dreams -> state, reward (N,): its sign, alive (N,), frames."""
+        (memory,), world_model, action = state, self.model.world_model, self.tensor(actions).long()
+        K = world_model.block - 1
+        if memory.shape[1] + world_model.block > world_model.max_tokens:
+            memory = memory[:, -K:]  # the memory is full: go on from the current frame alone
+        kv = world_model.cache(len(memory))
+        if memory.shape[1] > K:
+            world_model(memory[:, :-1], kv)
+        reward, end, tokens = dream_step(world_model, kv, memory[:, -K:], action)
+        after = (torch.cat([memory, action[:, None], tokens], 1),)
+        return after, reward.cpu().numpy(), 1 - end.cpu().numpy(), self.show(tokens)
 
 
 def official_state(state):
-    """State dict of the authors' code -> that of `Iris` without the slow copy."""
+    """State dict of the authors' code -> that of `Iris`."""
     out = {}
     for key, value in state.items():
         if re.search(r"^tokenizer\.lpips\.|\.attn\.mask$|\.indices$", key):
@@ -1782,902 +1436,264 @@ def load_official(model, path):
     """Put the weights of a checkpoint of the authors' code into `model`; exit code 2 if they do not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = official_state({k: v for k, v in state.items() if torch.is_tensor(v)})
-    except Exception as e:  # missing, damaged, or something else than tensors
-        fail(f"--init-from {path} is not a state dict ({type(e).__name__})")
-    own = {k: v for k, v in model.state_dict().items() if not k.startswith("target.")}
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unknown:
-        fail(f"--init-from {path} has other names: {len(missing)} missing, {len(unknown)} unknown ({missing[:1]}, "
-             f"{unknown[:1]})")  # fmt: skip
-    for k, v in own.items():
-        if v.shape != state[k].shape:
-            fail(f"--init-from {path} has {k} of shape {tuple(state[k].shape)}, the flags want {tuple(v.shape)}")
-    model.load_state_dict(state, strict=False)
-    if model.target is not None:
-        model.target.load_state_dict(model.actor_critic.state_dict())
-
-
-class DreamEnv(gym.Env):
-    """The learned world as an environment. `path`: run directory. Observations are a Dict, or the only entry by itself.
-
-    reset(options={"observations": (T, S, S, C), "actions": (T,)}) puts real context into the GPT's memory (action t
-    follows observation t; the last one is not used) and dreams on from the last frame; without options it starts from
-    context kept in the checkpoint. Rewards are signs."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
-
-    def __init__(self, path, render_mode="rgb_array", max_steps=1000, device="cpu"):
-        self.model, state = load_agent(path, device)
-        self.device, self.render_mode, self.max_steps = torch.device(device), render_mode, max_steps
-        self.space, self.context = space_from(state["spaces"]["observation"]), state["context"]
-        (self.key,) = self.space
-        self.single = self.key == "observation"
-        self.observation_space = self.space[self.key] if self.single else self.space
-        self.action_space, self.noise = space_from(state["spaces"]["action"]), torch.Generator(device)
-
-    @torch.no_grad()
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.noise.manual_seed(int(self.np_random.integers(2**31)))
-        if options and "observations" in options:
-            frames = options["observations"]
-            frames = np.asarray(frames[self.key] if isinstance(frames, dict) else frames, np.uint8)
-            actions = np.asarray(options.get("actions", ()), np.int64)
-            if not len(actions) or frames.shape != (len(actions), *self.space[self.key].shape):
-                found = f"{frames.shape} and {len(actions)} actions"
-                raise ValueError(f"observations and actions must have the same T > 0 entries, got {found}")
-        else:
-            if self.context is None:
-                raise ValueError("this checkpoint was saved before any row was stored: pass options")
-            clip = int(self.np_random.integers(len(self.context["length"])))
-            frames, actions = (self.context[k][clip, : self.context["length"][clip]].numpy() for k in ("obs", "action"))
-        world = self.model.world_model
-        keep = max(1, world.max_tokens // world.block - 1)  # room for at least one step
-        frames, actions = torch.as_tensor(frames[-keep:]), torch.as_tensor(actions[-keep:])
-        tokens = self.model.tokenizer.encode(to_images(frames.to(self.device)))  # (T, K)
-        self.kv, self.steps, self.tokens = world.cache(1), 0, tokens[-1:]
-        past = torch.cat([tokens[:-1], actions[:-1, None].to(self.device)], 1).flatten()  # blocks of K + 1
-        if len(past):
-            world(torch.cat([past, tokens[-1, :-1]])[None], self.kv)
-        return self.decode(), {}
-
-    @torch.no_grad()
-    def step(self, action):
-        action = torch.as_tensor([int(action)], device=self.device)
-        reward, end, self.tokens = dream_step(
-            self.model.world_model, self.kv, self.tokens, action, generator=self.noise
-        )
-        self.steps += 1
-        return self.decode(), float(reward), bool(end), self.steps >= self.max_steps, {}
-
-    @torch.no_grad()
-    def decode(self):
-        image = self.model.tokenizer.show(self.tokens)[0].movedim(0, -1)
-        self.image = np.ascontiguousarray((image * 255).round().to(torch.uint8).cpu().numpy())
-        return self.image if self.single else {self.key: self.image}
-
-    def render(self):
-        return draw({self.key: self.image}, 256)
-
-
-# [optional: play
-def play(args):
-    """Play inside the dream: digits and letters choose actions."""
-    check_ranges(args, RANGES)
-    env = DreamEnv(args.play)
-    if env.context is None:
-        fail(f"{args.play} has no frame to start a dream from: go on with --resume first")
-    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    if headless or os.environ.get("SDL_VIDEODRIVER") == "dummy":
-        path = os.path.join(args.play, "eval-dream.gif")
-        torch.manual_seed(args.seed)
-        env.reset(seed=args.seed)
-        frames, policy, state = [env.render()], agent_policy(env.model, "cpu", args.eval_temperature), None
-        for t in range(100):
-            action, state = policy({env.key: env.image[None]}, np.array([t == 0]), state)
-            _, _, terminated, truncated, _ = env.step(action[0])
-            frames.append(env.render())
-            if terminated or truncated:
-                break
-        save_gif(frames, path)
-        return say(f"no display to play on: wrote the policy's dream to {path}")
-    from gymnasium.utils.play import play as play_env
-
-    keys = "1234567890abcdefghijklmnopqrstuvwxyz"
-    mapping = {keys[i]: i for i in range(min(int(env.action_space.n), len(keys)))}
-    say("keys: " + ", ".join(f"{k} = {v}" for k, v in mapping.items()) + "; Escape ends")
-    play_env(env, keys_to_action=mapping, noop=0, zoom=2, fps=10)
-
-
-# play]
-
-
-# ---- Plumbing (shared by all scripts) --------------------------------------------------------------------------------
-
-
-def fail(message):  # shared
-    """The user's input is wrong: one line, exit code 2."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def say(text):  # shared
-    """Print a line; if the reader of a pipe is gone, stop cleanly."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def parse_args(cls, presets, description):  # shared
-    """Command line -> cls. Defaults: --preset, or the run given to --resume, --evaluate or --play. Flags win."""
-    words = [w for a in sys.argv[1:] for w in a.split("=", 1)]
-    given = {w.replace("_", "-"): v for w, v in zip(words, words[1:]) if w.startswith("--")}
-    run = next((given[f] for f in ("--resume", "--evaluate", "--play") if f in given), None)
-    defaults = {"preset": given["--preset"], **presets[given["--preset"]]} if given.get("--preset") in presets else {}
-    known, names = {f.name for f in fields(cls)}, ("env_kwargs", "action_repeat", "episode_steps", "demonstrator")
-    own = defaults.get("env_id", getattr(cls, "env_id", "")).split("/")[0]
-    if given.get("--env-id", own).split("/")[0] != own:  # what a preset says about an environment is for its family
-        defaults = {k: v for k, v in defaults.items() if not k.endswith(names)}
-    defaults = load_args(run) | dict.fromkeys(("resume", "evaluate", "play")) if run is not None else defaults
-    if hasattr(signal, "SIGPIPE"):  # `--help | head` ends quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    args = tyro.cli(cls, description=description, default=cls(**{k: v for k, v in defaults.items() if k in known}))
-    if hasattr(signal, "SIGPIPE"):  # but a training run must not die with its reader: see `say`
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    return args
-
-
-def load_args(run):  # shared
-    """The flags a run was started with, from its args.json."""
-    path = os.path.join(run, "args.json")
-    if not any(os.path.isfile(os.path.join(run, name)) for name in ("ckpt.pt", "ckpt.prev.pt")):
-        fail(f"no checkpoint in {run}")
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)["args"]
-    except (OSError, ValueError, KeyError) as e:
-        fail(f"cannot read {path} ({type(e).__name__})")
-
-
-def check_ranges(args, ranges):  # shared
-    for name, (low, high) in ranges.items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if value is not None and not low <= value <= high:  # NaN fails too
-            fail(f"{flag} must be {f'at least {low}' if high == math.inf else f'{low} to {high}'}, got {value}")
-        if value is not None and not math.isfinite(value):
-            fail(f"{flag} must be finite, got {value}")
-
-
-def choose_device(args):  # shared
-    """The GPU if there is one and --cuda is on; says which and why."""
-    if args.cuda and torch.cuda.is_available():
-        say(f"device: cuda ({torch.cuda.get_device_name()})")
-        return torch.device("cuda")
-    say(f"device: cpu ({'no CUDA device' if args.cuda else '--no-cuda'})")
-    return torch.device("cpu")
-
-
-def free_memory(device):  # shared
-    """Bytes that can still be allocated, or infinity where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except OSError:
-        return math.inf
-
-
-def peak_memory(device):  # shared
-    """Most memory used so far in GB, of the GPU's allocator or of this process; None where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def passed(every, step, stride):  # shared
-    """Whether the last `stride` steps went past a multiple of `every` (0: never)."""
-    return bool(every) and step // every > (step - stride) // every
-
-
-def finish(args, score, random_score, extra=""):  # shared
-    """The last line of a run; exit code 1 if a target was set and missed."""
-    line, target = f"episodic_return {score:.1f}{extra} (random {random_score:.1f}", args.target_return
-    if target is None:
-        return say(line + ")")
-    say(f"{line}, target {target:g}): {'reached' if score >= target else 'missed'}")
-    if not score >= target:
-        raise SystemExit(1)
-
-
-def seed_everything(args, device):  # shared
-    """Seeds, determinism and the allocator of this process."""
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_float32_matmul_precision("high")
-    if device.type == "cpu":  # repeated indices in an assignment: the last one wins, also with several threads
-        torch.use_deterministic_algorithms(args.torch_deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        # glibc hands every large tensor back to the system when it is freed and faults its pages in again when the
-        # next one is made: a third of the CPU time of image models. Keep freed memory instead (M_MMAP_MAX 0,
-        # M_TRIM_THRESHOLD 2 GB).
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-        if mallopt:
-            mallopt(-4, 0)
-            mallopt(-1, 2**31 - 1)
-    if getattr(args, "num_threads", None):
-        torch.set_num_threads(args.num_threads)
-
-
-def rng_state():  # shared
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    host = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    return host | {"torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_rng_state(state):  # shared
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-
-
-def atomic_save(state, path):  # shared
-    """Write a checkpoint; `path` is the new state or the old one, never half of either. Keeps the old as .prev.pt."""
-    temp = path + ".tmp"
-    try:
-        with open(temp, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if os.path.exists(path):
-            os.replace(path, path.replace(".pt", ".prev.pt"))
-        os.replace(temp, path)
-    except (OSError, RuntimeError) as e:  # disk full, quota, file size limit
-        if os.path.exists(temp):
-            os.remove(temp)
-        reason = f"({type(e).__name__}: {e})"
-        raise SystemExit(f"could not write {path} {reason}; the previous checkpoint is untouched") from None
-
-
-def write_json(data, path):  # shared
-    """Write a JSON file; `path` is the new text or the old one."""
-    try:
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(data, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as e:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise SystemExit(f"could not write {path} ({type(e).__name__}: {e})") from None
-
-
-def load_checkpoint(run, script, repair=False):  # shared
-    """The newest readable checkpoint of a run directory, plain types only; exit code 2 if there is none. `repair`:
-    move a damaged ckpt.pt away, else the next save would put it in the place of the good older one."""
-    problem = None
-    for name in ("ckpt.pt", "ckpt.prev.pt"):
-        path = os.path.join(run, name)
-        if not os.path.isfile(path):
-            continue
-        try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # reads what is used, later
-            if not isinstance(state, dict) or state.get("script") != script:
-                fail(f"{path} is not a checkpoint of {script}.py")
-            if problem:
-                say(f"warning: {problem}; going on from {path}")
-                if repair:
-                    os.replace(path.replace(".prev.pt", ".pt"), path.replace(".prev.pt", ".damaged.pt"))
-            return state
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-            problem = f"{path} is damaged ({type(e).__name__})"
-        except Exception as e:  # UnpicklingError: something else than tensors and plain types
-            plain = "Weights only" not in str(e)
-            problem = f"{path} is damaged ({type(e).__name__})" if plain else f"{path} is not a plain checkpoint"
-    fail(problem or f"no checkpoint in {run}")
-
-
-def new_run_dir(args):  # shared
-    """Create runs/{env_id}__{exp_name}__{seed}__{time}, with a suffix if that exists already."""
-    task = getattr(args, "env_id", None) or getattr(args, "dataset", "data")
-    task = re.sub(r"[^A-Za-z0-9._-]", "-", task)
-    base = os.path.join("runs", f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    for suffix in ["", *(f"-{i}" for i in range(1, 100))]:
-        try:
-            os.makedirs(base + suffix)
-            os.mkdir(os.path.join(base + suffix, "videos"))
-            break
-        except FileExistsError as e:
-            if not os.path.isdir(base + suffix):
-                fail(f"cannot write runs: {e}")
-        except OSError as e:
-            fail(f"cannot write runs: {e}")
-    return base + suffix
-
-
-def write_run_info(run, args, script, device):  # shared
-    """args.json (flags, command, commit, versions, hardware) and a copy of the script: enough to repeat the run."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(script)), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    except (OSError, subprocess.TimeoutExpired):
-        commit, cpu = "", platform.machine()
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
-    info = dict(script=os.path.basename(script)[:-3], command=sys.argv, commit=commit or "unknown", hardware=hardware)
-    info["versions"] = {m.__name__: m.__version__ for m in (torch, gym, np)} | {"python": platform.python_version()}
-    write_json(info | {"args": asdict(args) | {"resume": None}}, os.path.join(run, "args.json"))
-    copy = os.path.join(run, os.path.basename(script))
-    if not os.path.exists(copy):
-        try:
-            shutil.copy(script, copy)
-        except OSError as e:
-            raise SystemExit(f"could not write {copy} ({type(e).__name__}: {e})") from None
-
-
-def lock_run(run):  # shared
-    """Hold the run directory as long as this process lives; exit code 2 if another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    try:
-        handle = open(os.path.join(run, "lock"), "a+")
-    except OSError as e:
-        fail(f"cannot write {run}: {e}")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.seek(0)
-        fail(f"{run} is being written by process {handle.read().strip()}")
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
-
-
-def save_gif(frames, path, fps=10):  # shared
-    """Frames [(H, W, 3) uint8, ...] -> GIF file."""
-    pictures = [Image.fromarray(f).quantize(128, dither=Image.Dither.NONE) for f in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
-
-
-class StopSignal:  # shared
-    """Remembers the first stop signal so that the main loop can save and leave; a second one kills at once."""
-
-    def __init__(self):
-        self.signum = 0
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup stays nohup
-                signal.signal(number, self)
-
-    def __call__(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
-
-
-class SeededReset(gym.Wrapper):  # shared
-    """Episode k starts from a seed made of (key, k): the same in every run, also after --resume."""
-
-    def __init__(self, env, key):
-        super().__init__(env)
-        self.key, self.episode = key, 0
-
-    def reset(self, *, seed=None, options=None):
-        seed = int(np.random.SeedSequence((*self.key, self.episode)).generate_state(1)[0])
-        self.episode += 1
-        return self.env.reset(seed=seed, options=options)
-
-
-class EnvFault(Exception):  # shared
-    """An environment raised an exception or returned bad numbers."""
-
-
-class CheckedEnv(gym.Wrapper):  # shared
-    """Says which environment failed, at which of its steps, and what came."""
-
-    def __init__(self, env, index):
-        super().__init__(env)
-        self.index, self.count = index, 0
-
-    def checked(self, function, **inputs):
-        try:
-            obs, *rest = function(**inputs)
-        except Exception as e:
-            raise EnvFault(f"environment {self.index} failed at step {self.count}: {type(e).__name__}: {e}") from e
-        parts = {f"observation {k!r}": v for k, v in obs.items()} if isinstance(obs, dict) else {"observation": obs}
-        for what, value in (parts | ({"reward": rest[0]} if len(rest) > 1 else {})).items():
-            value = np.asarray(value)
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                bad = value[~np.isfinite(value)].flat[0]
-                raise EnvFault(f"environment {self.index} returned {what} {bad} at step {self.count}")
-        return obs, *rest
-
-    def reset(self, *, seed=None, options=None):
-        return self.checked(self.env.reset, seed=seed, options=options)
-
-    def step(self, action):
-        self.count += 1
-        return self.checked(self.env.step, action=action)
-
-
-class Logger:  # shared
-    """TensorBoard, the console and an optional tracker. If the disk is full it warns once and training goes on."""
-
-    def __init__(self, run, args, purge_step=None):
-        from torch.utils.tensorboard import SummaryWriter
-
-        # [optional: track
-        if args.track == "wandb":
-            import wandb
-
-            options = dict(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True)
-            name = os.path.basename(run)
-            wandb.init(**options, config=vars(args), name=name, id=name, resume="allow")
-        self.tracker = None
-        if args.track == "trackio":
-            import trackio
-
-            self.tracker = trackio
-            trackio.init(project=args.wandb_project_name, name=os.path.basename(run), config=vars(args), resume="allow")
-        # track]
-        self.writer = SummaryWriter(run, purge_step=purge_step)
-        # A full disk kills the writer's thread; the next call below reports it, in one line.
-        hook = threading.excepthook
-        threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else hook(e)
-        if purge_step is None:
-            table = "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
-            self.attempt(self.writer.add_text, "hyperparameters", f"|param|value|\n|-|-|\n{table}")
-
-    def attempt(self, function, *args):
-        try:
-            if self.writer:
-                function(*args)
-        except OSError as e:
-            say(f"warning: could not write the logs ({e}); training goes on without them")
-            self.writer = None
-
-    def scalars(self, values, step):
-        for tag, value in values.items():
-            self.attempt(self.writer and self.writer.add_scalar, tag, value, step)
-        # [optional: track
-        if self.tracker:
-            self.tracker.log({k: float(v) for k, v in values.items()}, step=step)
-        # track]
-
-    def video(self, tag, frames, step, path):
-        """A GIF in the run directory and, as an image summary, in TensorBoard (add_video needs a fitting moviepy)."""
-        try:
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            save_gif(frames, path)
-            (height, width, _), gif = frames[0].shape, open(path, "rb").read()
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-            self.attempt(self.writer and self.writer._get_file_writer().add_summary, summary, step)
-        except OSError as e:
-            say(f"warning: could not write {path} ({e})")
-
-    def close(self):
-        self.attempt(self.writer and self.writer.close)
-        # [optional: track
-        if self.tracker:
-            self.tracker.finish()
-        # track]
+        model.load_state_dict(official_state({k: v for k, v in state.items() if torch.is_tensor(v)}))
+    except Exception as e:  # missing, damaged, or of other networks
+        fail(f"--init-from {path}: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
+
+
+def load(run, device="cpu"):
+    """The Agent of a run directory."""
+    state = load_checkpoint(run)
+    args = Args(**state["args"])
+    env = make_env(args, args.seed)
+    model = Iris(iris_config(args, env.observation_space.shape[2], int(env.action_space.n))).to(device)
+    model.load_state_dict(state["learner"]["model"])
+    agent = Agent(model.eval(), args, torch.device(device))
+    agent.global_step, agent.random_return = state["loop"]["global_step"], state["loop"]["random_return"]
+    env.close()
+    return agent
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
-# What --resume may change; everything else would make it another run.
-CHANGEABLE = set(
-    "exp_name preset cuda compile num_threads track wandb_project_name wandb_entity capture_video save_replay resume "
-    "init_from evaluate play target_return total_timesteps eval_episodes eval_temperature log_every replay_cuda "
-    "lpips_weights".split()
-)
-
 
 def check_args(args):
-    """Everything that can be said before an environment is built."""
-    check_ranges(args, RANGES)
+    """What would end in a wrong result or an obscure error, before anything is created. -> spaces of the agent."""
+    names = "num_envs batch_size tokenizer_batch_size ac_batch_size eval_episodes log_every save_every learning_rate "
+    names += "steps_per_epoch total_timesteps vocab_size lstm_size"
+    rules = {name: (getattr(args, name) > 0, "more than 0") for name in names.split()}
+    rules |= {name: (0 <= getattr(args, name) < 1, "at least 0 and below 1") for name in ("gamma", "dropout")}
+    unit, rows = args.tok_tiles * args.tok_patch * 2 ** (args.tok_levels - 1), args.num_envs * args.batch_length
+    rules["image_size"] = args.image_size % unit == 0 < args.image_size, f"a multiple of {unit}"
+    rules["tok_groups"] = args.tok_channels % args.tok_groups == 0, f"a divisor of --tok-channels {args.tok_channels}"
+    rules["num_heads"] = args.embed_dim % args.num_heads == 0, f"a divisor of --embed-dim {args.embed_dim}"
+    rules["batch_length"], rules["imag_horizon"] = (
+        (args.batch_length >= 2, "at least 2"),
+        (args.imag_horizon >= 2, "at least 2"),
+    )
+    rules["buffer_size"] = args.buffer_size >= rows, f"at least {rows}"
+    first = min(args.tokenizer_start, args.world_model_start, args.actor_critic_start) * args.steps_per_epoch
+    steps = args.total_timesteps + args.extra_epochs * args.steps_per_epoch
+    rules["total_timesteps"] = 0 < args.total_timesteps and steps > first, f"beyond the first update at step {first}"
+    levels = len(ints(args.ac_channels))
+    rules["ac_channels"] = 0 < levels <= math.log2(args.image_size), f"1 to {int(math.log2(args.image_size))} numbers"
+    for name, (good, wanted) in rules.items():
+        if not good:
+            fail(f"--{name.replace('_', '-')} must be {wanted}, got {getattr(args, name)}")
     try:
-        channels, attention = ints(args.ac_channels), ints(args.tok_attention)
-        assert channels and min(channels) > 0 and all(a > 0 for a in attention)
-    except (ValueError, AssertionError):
-        found = f"got {args.ac_channels!r} and {args.tok_attention!r}"
-        fail(f"--ac-channels and --tok-attention must be lists of positive numbers such as '8 16', {found}")
-    unit = args.tok_tiles * args.tok_patch * 2 ** (args.tok_levels - 1)
-    first = min(args.tokenizer_start, args.world_model_start, args.actor_critic_start)
-    epochs = args.extra_epochs - (-args.total_timesteps // args.steps_per_epoch)
-    rows = args.num_envs * args.batch_length
-    for wrong, message in [
-        (args.image_size % unit, f"--image-size must be a multiple of --tok-tiles x --tok-patch x 2^(--tok-levels - 1) "
-         f"= {unit}, got {args.image_size}: remainder {args.image_size % unit}"),
-        (not args.image_size >> len(channels), f"--ac-channels {args.ac_channels!r}: --image-size {args.image_size} "
-         f"cannot be halved {len(channels)} times"),
-        (args.tok_channels % args.tok_groups, f"--tok-channels {args.tok_channels} is not a multiple of --tok-groups "
-         f"{args.tok_groups}: remainder {args.tok_channels % args.tok_groups}"),
-        (args.embed_dim % args.num_heads, f"--embed-dim {args.embed_dim} is not a multiple of --num-heads "
-         f"{args.num_heads}: remainder {args.embed_dim % args.num_heads}"),
-        (args.batch_length < 2, f"--batch-length must be at least 2, got {args.batch_length}: nothing would follow"),
-        (args.gamma >= 1, f"--gamma must be below 1, got {args.gamma}"),
-        (args.buffer_size < rows, f"--buffer-size {args.buffer_size} is less than --num-envs x --batch-length = "
-         f"{rows}"),
-        (epochs <= first, f"--total-timesteps {args.total_timesteps} are {epochs} epochs of --steps-per-epoch "
-         f"{args.steps_per_epoch}, --extra-epochs included, and the first update comes after {first}: nothing would be "
-         "trained"),
-        (re.search(r"[/\\\0]", args.exp_name), f"--exp-name must not contain a slash, got {args.exp_name!r}"),
-    ]:  # fmt: skip
-        if wrong:
-            fail(message)
-    try:
-        assert isinstance(json.loads(args.env_kwargs), dict)
-    except (ValueError, AssertionError):
-        fail(f"--env-kwargs must be a JSON object, got {args.env_kwargs!r}")
-    for name in ("init_from", "lpips_weights"):
-        for path in (getattr(args, name) or "").split(",") if not args.resume else []:
-            if path and not os.path.isfile(path):
-                fail(f"--{name.replace('_', '-')} {path}: no such file")
-    if args.track:
-        try:
-            __import__(args.track)
-        except ImportError:
-            fail(f"--track {args.track} needs {args.track}: pip install {args.track}")
-
-
-def probe_env(args):
-    """Build the environment once, to find out now whether it can be used: observation space, action space."""
-    family, flag = env_family(args), f"--env-id {args.env_id}"
-    try:
-        env = make_env(args, 0)()
-        env.reset()
-    except ModuleNotFoundError as e:
-        module, package = PACKAGES.get(family, (None, None))
-        known = module and e.name and e.name.split(".")[0] == module
-        fail(f"{args.env_id} needs {package}: pip install {package}" if known else f"{flag}: {e}")
-    except Exception as e:  # whatever it is, the environment cannot be used: gymnasium's own words, in one line
-        cause = e.__cause__ if isinstance(e, EnvFault) and e.__cause__ else e
-        fail(f"{flag}: {' '.join(str(cause).split() or [type(cause).__name__])}")
-    obs_space, action_space = env.observation_space, env.action_space
-    limited = args.max_episode_steps or (env.spec and env.spec.max_episode_steps) or family == "ALE"
+        env = make_env(args, args.seed)
+    except Exception as e:  # whatever it is, the environment cannot be used: its own words, in one line
+        words = " ".join(f"--env-kwargs {args.env_kwargs} --seed {args.seed}: {type(e).__name__}: {e}".split())
+        fail(f"--env-id {args.env_id} {words}")
+    print(f"{args.env_id} has observations {env.unwrapped.observation_space}")
+    print(f"the agent sees {env.observation_space} (images: --image-size), acts in {env.action_space}")
     env.close()
-    if not isinstance(action_space, gym.spaces.Discrete):
-        fail(f"{flag}: tokens of actions need Discrete actions, found {action_space}")
-    if len(obs_space) != 1 or len(next(iter(obs_space.values())).shape) != 3:
-        found = ", ".join(f"{k!r} {s}" for k, s in obs_space.items())
-        fail(f"{flag}: observations must be one image, found {found}; --pixels observes what the environment draws")
-    if not limited:
-        say(f"warning: {args.env_id} has no time limit; evaluation stops after 27000 steps (set --max-episode-steps)")
-    return obs_space, action_space
+    return env.observation_space, env.action_space
 
 
-def evaluate_run(args):
-    """--evaluate RUN: returns of fresh episodes of a trained agent. Writes only RUN/eval-*."""
-    check_ranges(args, RANGES)
-    state = load_checkpoint(args.evaluate, "iris")
-    if state["random_return"] is None:
-        fail(f"{args.evaluate} was stopped before its first episode: go on with --resume {args.evaluate} first")
-    for found, name in zip(probe_env(args), ("observation", "action"), strict=True):
-        if space_to(found) != state["spaces"][name]:
-            trained = space_from(state["spaces"][name])
-            fail(f"--env-id {args.env_id} has the {name} space {found}, {args.evaluate} was trained on {trained}")
-    device = choose_device(args)
-    seed_everything(args, device)
-    model, state = load_agent(args.evaluate, device)
-    video = os.path.join(args.evaluate, "eval-episode.gif") if args.capture_video else None
-    policy = agent_policy(model, device, args.eval_temperature)
-    returns = play_episodes(eval_args(args), policy, args.eval_episodes, 1, video)
-    score, std, random_return = float(np.mean(returns)), float(np.std(returns)), state["random_return"]
-    result = dict(episodic_return=score, std=std, returns=returns, random_return=random_return)
-    result |= dict(global_step=state["global_step"], temperature=args.eval_temperature)
-    write_json(result, os.path.join(args.evaluate, f"eval-{state['global_step']}.json"))
-    say(f"returns of {len(returns)} episodes: " + " ".join(f"{r:g}" for r in returns))
-    finish(args, score, random_return, f" +- {std:.1f}")
+def episode_seed(args, key, index, episode=0):
+    """Seed of an episode: no two of a run share one, nor do training, evaluation (key 1) and the baseline (key 2)."""
+    return int(np.random.SeedSequence((args.seed, key, index, int(episode))).generate_state(1)[0])
+
+
+def make_envs(args, n, key):
+    """n environments in lockstep; the caller resets those that have ended, with seeds of its own. Evaluation (not key
+    0) plays whole games from one no-op, up to half an hour."""
+    thunks = [partial(make_env, args, episode_seed(args, key, i), 1 if key else 30) for i in range(n)]
+    return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+
+
+def evaluate(args, act, key, name, stop):
+    """Returns of an episode in each of --eval-episodes fresh environments. act: obs, state, first -> actions, state."""
+    n, clock = args.eval_episodes, time.time()
+    envs, state, first, alive, returns = make_envs(args, n, key), None, np.ones(n, bool), np.ones(n, bool), np.zeros(n)
+    obs, _ = envs.reset(seed=[episode_seed(args, key, i) for i in range(n)])
+    for t in range(args.max_episode_steps or 27_000):  # an environment without a limit ends here
+        actions, state = act(obs, state, first)
+        obs, reward, terminated, truncated, _ = envs.step(actions)
+        returns, first = returns + reward * alive, terminated | truncated
+        alive &= ~first
+        if stop or not alive.any():
+            break
+        if first.any():
+            obs, _ = envs.reset(options={"reset_mask": first})
+        if time.time() > clock + 10:
+            print(f"{name}: step {t}, {alive.sum()} of {n} episodes go on", flush=True)
+            clock = time.time()
+    envs.close()
+    return returns
+
+
+def warm_up(model, replay, n, device):
+    """LSTM state from the last n frames of the open episodes, as the networks of this epoch see them."""
+    N, state = len(replay.count), model.actor_critic.initial(len(replay.count), device)
+    if not n or not any(replay.open):
+        return state
+    steps = replay.count[:, None] - n + np.arange(n)  # (N, n)
+    first = [replay.episodes[i - 1][1] if i else end for i, end in zip(replay.open, replay.count, strict=True)]
+    mask = torch.as_tensor(steps >= np.array(first)[:, None], device=device)
+    index = torch.as_tensor(np.arange(N)[:, None] * replay.capacity + steps % replay.capacity, device=replay.device)
+    frames = to_images(replay.gather("obs", index).to(device).flatten(0, 1))
+    with torch.no_grad():
+        seen = model.tokenizer.show(model.tokenizer.encode(frames))
+        return model.actor_critic(seen.unflatten(0, (N, n)), state, mask)[2]
+
+
+def finish(args, c, agent, run, writer, stop):
+    """Final evaluation on fresh episodes, result.json, and the self-check against --target-return."""
+    print(f"look at its dreams: python benchmarks/dreams.py {run}", flush=True)
+    returns = evaluate(args, agent.act, 1, "evaluation", stop)
+    leave(run, stop)
+    score, std, target = float(returns.mean()), float(returns.std()), args.target_return
+    writer.add_scalar("eval/episodic_return", score, c.progress)
+    writer.close()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated() if agent.device.type == "cuda" else memory
+    result = dict(run=run, episodic_return=score, episodic_return_std=std, returns=returns.tolist())
+    result |= dict(random_return=c.random_return, train_return=float(np.mean(c.recent)) if c.recent else None)
+    result |= dict(global_step=c.global_step, updates=c.updates, minutes=c.seconds / 60, peak_memory_gb=memory / 1e9)
+    Path(run, "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    verdict = "" if target is None else f", target {target:g}: {'reached' if score >= target else 'missed'}"
+    print(f"episodic_return {score:.2f} +- {std:.2f} over {len(returns)} (random {c.random_return:.2f}{verdict})")
+    if target is not None and not score >= target:
+        raise SystemExit(1)
     return result
 
 
-def report(args, model, run, step, obs_space, device, logger):
-    """Tokenizer and world model on fresh episodes: errors beside those of trivial predictors, and the video."""
-    policy = agent_policy(model, device, args.temperature)
-    clips = record(args, policy, obs_space, 8, 32, 1000 + step, model.tokenizer.num_tokens)
-    metrics, pictures = open_loop(model, clips, args)
-    logger.scalars({f"eval/{k}": v for k, v in metrics.items()}, step)
-    path = os.path.join(run, "videos", f"open_loop-{step}.gif")
-    logger.video("eval/open_loop", three_rows(*pictures), step, path)
-
-
-def main(args):  # shared
-    """Returns the final metrics; raises SystemExit with the exit codes of the README."""
-    try:
-        return play(args) if args.play else evaluate_run(args) if args.evaluate else train(args)
-    except EnvFault as e:
-        traceback.print_exc()
-        raise SystemExit(f"{e}; checkpoints are untouched") from None
-    except FloatingPointError as e:
-        raise SystemExit(f"{e}; ckpt.pt, if there is one, is from before it") from None
-
-
-def uncompiled(args):  # shared
-    """Run what is compiled eagerly inside: other batch sizes and lengths are not worth a compilation each."""
-    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
-
-
 def train(args):
-    """The whole algorithm (Algorithm 1): epochs of collecting, then learning tokenizer, world model and behavior.
-    Returns the metrics."""
+    """Algorithm 1: epochs of collecting, then learning of tokenizer, world model and behavior. -> the final metrics."""
     # Set up, in an order that finds every mistake of the user's before the first file is made.
-    check_args(args)
-    state = None
-    if args.resume:
-        for name, value in load_args(args.resume).items():
-            if name not in CHANGEABLE and getattr(args, name, value) != value:
-                flag = "--" + name.replace("_", "-")
-                fail(f"{flag} is {value} in {args.resume}, got {getattr(args, name)}: a run cannot change it")
-        state, result = load_checkpoint(args.resume, "iris"), os.path.join(args.resume, "result.json")
-        if state["global_step"] >= args.total_timesteps and os.path.exists(result):
-            say(f"nothing to do: step {state['global_step']} of {args.total_timesteps}")
-            with open(result, encoding="utf-8") as f:
-                return json.load(f)
-        lock = lock_run(args.resume)
-        state = load_checkpoint(args.resume, "iris", repair=True)  # nobody else writes from here on
-    obs_space, action_space = probe_env(args)
-    ((image_key, image_space),) = obs_space.items()
-    device, N = choose_device(args), args.num_envs
-    config = iris_config(args, image_space.shape[2], int(action_space.n))
-    K = (args.image_size // args.tok_patch >> (args.tok_levels - 1)) ** 2
-    specs = EpisodeReplay.specs(image_space.shape, K)
-    capacity = -(-min(args.buffer_size, args.total_timesteps + N) // N)  # rows per environment
-    size = N * capacity * EpisodeReplay.row_bytes(specs) / 1e9
-    # On the GPU if it fits and leaves a fifth of the memory to the update, else in host memory; a checkpoint copies it.
-    cpu = torch.device("cpu")
-    store = device if args.replay_cuda and size <= 0.8 * free_memory(device) / 1e9 else cpu
-    host, free = size * (args.save_replay + (store == cpu)), free_memory(cpu) / 1e9
-    if host > free:
-        hint = f"lower --buffer-size, now {args.buffer_size}"
-        hint += ", or try --no-save-replay" if args.save_replay else ""
-        fail(f"replay needs {host:.1f} GB, {free:.1f} GB free: {hint}")
-    torch.manual_seed(args.seed)
+    state = load_checkpoint(args.resume) if args.resume else None
+    space, action_space = check_args(args)
+    device, N = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), args.num_envs
+    seed_everything(args, device)
     with torch.device(device):
-        model = Iris(config).eval()
+        model = Iris(iris_config(args, space.shape[2], int(action_space.n))).eval()
     if args.init_from and not args.resume:
         load_official(model, args.init_from)
-    learner = IrisLearner(model, args, device)
-
-    run = args.resume or new_run_dir(args)
-    lock = lock if args.resume else lock_run(run)  # noqa: F841 (held until the process ends)
-    seed_everything(args, device)
-    write_run_info(run, args, __file__, device)
-    logger = Logger(run, args, purge_step=state["progress"] + 1 if state else None)
-    stop = StopSignal()
-    envs, replay = make_envs(args, N), EpisodeReplay(capacity, N, specs, store, args.seed)
-    parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in learner.PARTS)
-    say(f"run: {run}\nparameters: {count_params(model):,} ({parts}); {K} tokens per frame")
-    say(f"replay: {N} x {capacity:,} rows, {size:.2f} GB on {store}; {args.steps_per_epoch} agent steps per epoch")
-    # epoch: epochs that are complete; collected: agent steps of the current one; idle: complete epochs without steps;
-    # due: updates of each part before the next epoch, None while it collects; progress: agent steps, and as many per
-    # idle epoch (the time axis of the curves).
-    global_step, epoch, collected, idle, due, updates, progress, random_return = 0, 0, 0, 0, None, 0, 0, None
-    recent, metrics = deque(maxlen=100), {}  # returns of the last training episodes
-    if state:
+    learner, K = Learner(model, args, device), model.tokenizer.num_tokens
+    capacity = -(-min(args.buffer_size, args.total_timesteps + N) // N)  # rows per environment
+    on_gpu = device.type == "cuda" and 2 * N * capacity * math.prod(space.shape) < 0.8 * torch.cuda.mem_get_info()[0]
+    replay = EpisodeReplay(capacity, N, EpisodeReplay.specs(space.shape, K), device if on_gpu else "cpu", args.seed)
+    run, writer = start_run(args, args.env_id, device, state and state["loop"]["progress"] + 1)
+    stop, envs, agent = stop_signals(), make_envs(args, N, 0), Agent(model, args, device)
+    parts = ", ".join(f"{n} {count_params(getattr(model, n)):,}" for n in learner.opt)
+    print(f"run: {run} on {device}\nparameters: {count_params(model):,} ({parts}); {K} tokens per frame")
+    print(f"replay: {N} x {capacity:,} rows; {args.steps_per_epoch} agent steps per epoch", flush=True)
+    if state:  # each environment is brought back to where it was by the seed of its episode and the actions since then
+        c, (obs, *carry) = SimpleNamespace(**state["loop"]), state["now"]
         learner.load_state_dict(state["learner"])
-        if state["replay"]:
-            replay.load_state_dict(state["replay"])
-        else:
-            say("warning: this run was saved without its replay (--no-save-replay): it is collected anew")
-            state["due"] = None
-        global_step, epoch, collected, idle = (state[k] for k in ("global_step", "epoch", "collected", "idle"))
-        due, updates, progress, random_return = (state[k] for k in ("due", "updates", "progress", "random_return"))
-        recent.extend(state["recent"])
-        for env, episode in zip(envs.envs, state["episodes"], strict=True):
-            env.env.episode = episode
+        replay.load_state_dict(state["replay"])
+        obs, carry = obs.numpy(), tuple(x.to(device) for x in carry) or None
+        for i, env in enumerate(envs.envs):
+            env.reset(seed=episode_seed(args, 0, i, c.episode[i]))
+            for action in c.history[i]:
+                env.step(action)
         set_rng_state(state["rng"])
-        say(f"resumed at step {global_step} of {args.total_timesteps}, update {updates}")
+        print(f"resumed at step {c.global_step} of {args.total_timesteps}, update {c.updates}", flush=True)
+    else:
+        action_space.seed(args.seed)
+        draw = lambda obs, state, first: (np.array([action_space.sample() for _ in first]), state)  # noqa: E731
+        returns = evaluate(args, draw, 2, "random policy", stop)
+        if stop:
+            raise SystemExit(128 + stop[0])
+        print(f"random policy: {returns.mean():.2f} +- {returns.std():.2f} over {len(returns)} episodes", flush=True)
+        c = SimpleNamespace(global_step=0, progress=0, epoch=0, collected=0, updates=0, seconds=0.0, due={}, metrics={})
+        c.random_return, c.recent, c.episode, c.history = float(returns.mean()), [], [0] * N, [[] for _ in range(N)]
+        (obs, _), carry = envs.reset(seed=[episode_seed(args, 0, i) for i in range(N)]), None
+    if args.compile and device.type == "cuda":
+        compile_model(model, learner)
+    epochs = args.extra_epochs - (-args.total_timesteps // args.steps_per_epoch)
+    ended, start, mark = [], time.time(), (time.time(), c.global_step, c.updates)  # mark: of the last log line
 
     def save():
-        context = None
-        if replay.episodes:  # a few stretches of real experience for dreams to start from
-            table, rng = replay.table(), replay.rng
-            replay.rng = np.random.default_rng(0)
-            index, mask = replay.rows(table, 8, max(1, args.batch_length // 4), True)
-            replay.rng = rng
-            context = {k: replay.gather(k, index).cpu() for k in ("obs", "action")} | {"length": mask.sum(1).cpu()}
-        spaces = {"observation": space_to(obs_space), "action": space_to(action_space)}
-        plain = dict(script="iris", args=asdict(args), config=config, spaces=spaces, context=context)
-        plain |= dict(global_step=global_step, epoch=epoch, collected=collected, idle=idle, due=due, updates=updates)
-        plain |= dict(progress=progress, random_return=random_return, recent=list(recent), rng=rng_state())
-        plain |= dict(episodes=[e.env.episode for e in envs.envs], learner=learner.state_dict())
-        plain |= dict(replay=replay.state_dict() if args.save_replay else None)
-        atomic_save(plain, os.path.join(run, "ckpt.pt"))
+        c.seconds, c.metrics = c.seconds + time.time() - start, {k: float(v) for k, v in c.metrics.items()}
+        now = [torch.as_tensor(obs), *(carry or ())]
+        parts = dict(learner=learner.state_dict(), replay=replay.state_dict(), now=now, loop=vars(c))
+        save_checkpoint(parts | dict(script="iris", args=asdict(args)), run)
+        return time.time()
 
-    def stopped():
-        """Leave after a stop signal, when the checkpoint is written."""
-        logger.close()
-        again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)}"
-        say(f"stopped by signal {stop.signum} at step {global_step}; to go on: {again}")
-        raise SystemExit(128 + stop.signum)
-
-    if random_return is None:
-        policy = random_policy(action_space, args.seed)
-        returns = play_episodes(eval_args(args), policy, args.eval_episodes, 2, stop=stop)
-        random_return = None if stop.signum else float(np.mean(returns))
-        say(f"random policy: {np.mean(returns):.2f} +- {np.std(returns):.2f} over {len(returns)} episodes")
-    if stop.signum:
-        save()
-        stopped()
-    # [optional: compile
-    if args.compile:
-        compile_iris(model, learner)
-    # compile]
-
-    def fresh():
-        """Begin new episodes everywhere, and new games."""
-        whole = {"full": True} if args.episodic_life and env_family(args) == "ALE" else None
-        return envs.reset(options=whole)[0]
-
-    def warm_up():
-        """LSTM state from the last frames of the open episodes, as the networks of this epoch see them."""
-        if not args.burn_in or not any(replay.open):
-            return model.actor_critic.initial(N, device)
-        steps = replay.count[:, None] - args.burn_in + np.arange(args.burn_in)  # (N, burn_in)
-        first = [replay.episodes[i - 1][1] if i else n for i, n in zip(replay.open, replay.count, strict=True)]
-        mask = torch.as_tensor(steps >= np.array(first)[:, None], device=device)
-        index = np.arange(N)[:, None] * replay.capacity + steps % replay.capacity
-        frames = replay.gather("obs", torch.as_tensor(index, device=store)).to(device)
-        with torch.no_grad():
-            seen = model.tokenizer.show(model.tokenizer.encode(to_images(frames.flatten(0, 1))))
-            seen = seen.view(N, args.burn_in, *seen.shape[1:])
-            return model.actor_critic(seen, model.actor_critic.initial(N, device), mask)[2]
-
-    start = time.time(), global_step, updates
-    mark, clock = start, time.process_time if device.type == "cpu" else time.time
-    seconds = dict.fromkeys(("collect", "encode", *learner.PARTS), 0.0)
-    counts = dict.fromkeys(learner.PARTS, 0)
-    obs = fresh()
-    while global_step < args.total_timesteps or idle < args.extra_epochs or due is not None:
+    while c.epoch < epochs:
         # Collect: the policy looks at reconstructions; a life is an episode, a time limit is an ordinary end.
-        began, stride = clock(), 0
-        if due is None and global_step < args.total_timesteps:
-            with uncompiled(args):
-                carry = warm_up()
-            while collected < args.steps_per_epoch and global_step < args.total_timesteps and not stop.signum:
-                frames = torch.as_tensor(obs[image_key], device=device)
-                with uncompiled(args):
-                    action, carry = model.act(frames, carry, args.temperature)
-                actions, stray = action.cpu().numpy(), np.random.random(N) < args.epsilon
-                actions = np.where(stray, np.random.randint(action_space.n, size=N), actions)
-                before = obs[image_key]
-                obs, reward, terminated, truncated, infos = envs.step(actions)
-                last = terminated | truncated
-                # NOTE: the reward is stored as it is; only the world model's label is its sign.
-                replay.add({"obs": before, "action": actions, "reward": reward, "end": last}, last)
-                global_step, collected, stride = global_step + N, collected + N, stride + N
-                progress += N
-                if last.any():
-                    keep = torch.as_tensor(~last, device=device).unsqueeze(-1)
-                    carry = [s * keep for s in carry]
-                    episodes = infos["final_info"]["episode"]
-                    for i in np.flatnonzero(last):
-                        recent.append(float(episodes["r"][i]))
-                        tags = {"charts/episodic_return": recent[-1], "charts/episodic_length": int(episodes["l"][i])}
-                        logger.scalars(tags, progress)
-        seconds["collect"] += clock() - began
-        if stop.signum and due is None:
-            replay.cut()
+        goal = min(args.total_timesteps, c.global_step - c.collected + args.steps_per_epoch)
+        if not c.due and c.global_step < goal and carry is None:
+            carry = warm_up(model, replay, args.burn_in, device)
+        while not c.due and c.global_step < goal and not stop:
+            actions, carry = model.act(torch.as_tensor(obs, device=device), carry, args.temperature)
+            stray = torch.rand(N) < args.epsilon
+            actions = torch.where(stray, torch.randint(int(action_space.n), (N,)), actions.cpu()).numpy()
+            for past, action in zip(c.history, actions.tolist(), strict=True):
+                past.append(action)
+            before = obs
+            obs, reward, terminated, truncated, infos = envs.step(actions)
+            over = terminated | truncated
+            last = over | (infos["life_lost"] if args.episodic_life and "life_lost" in infos else False)
+            # NOTE: the reward is stored as it is; only the world model's label is its sign.
+            replay.add({"obs": before, "action": actions, "reward": reward, "end": last}, last)
+            c.global_step, c.collected, c.progress = c.global_step + N, c.collected + N, c.progress + N
+            carry = tuple(s * torch.as_tensor(~last, device=device)[:, None] for s in carry)
+            for i in np.flatnonzero(over):
+                ended.append(float(infos["episode"]["r"][i]))
+                writer.add_scalar("charts/episodic_return", ended[-1], c.progress)
+                writer.add_scalar("charts/episodic_length", int(infos["episode"]["l"][i]), c.progress)
+                c.episode[i], c.history[i], c.recent = c.episode[i] + 1, [], [*c.recent[-99:], ended[-1]]
+            if over.any():
+                seeds = [episode_seed(args, 0, i, c.episode[i]) for i in range(N)]
+                obs, _ = envs.reset(seed=seeds, options={"reset_mask": over})
+        if stop and not c.due and c.global_step < goal:
             save()
-            stopped()
+            leave(run, stop)
 
         # Learn: first the tokenizer, then the world model on its tokens, then the behavior in the world model's dreams.
-        if due is None:
-            due = schedule(args, epoch + 1)
-            if not replay.episodes:  # resumed without a replay after the last agent step
-                due = dict.fromkeys(due, 0)
-        table = replay.table()
-        for part in learner.PARTS:
-            if part != "tokenizer" and due[part] and not stop.signum:
-                began = clock()
+        c.due, table, clock = c.due or schedule(args, c.epoch + 1), replay.table(), time.time()
+        for part in learner.opt:
+            if part != "tokenizer" and c.due[part] and not stop:
                 replay.encode(model.tokenizer, device)  # NOTE: once per epoch, not once per use
-                seconds["encode"] += clock() - began
-            began = clock()
-            while due[part] and not stop.signum:
+            while c.due[part] and not stop:
                 if part == "tokenizer":
                     batch = replay.frames(table, args.tokenizer_batch_size)
-                    replay.forget_codes()
+                    replay.encoded[:] = 0  # what was encoded will no longer be valid
                 elif part == "world_model":
                     batch = replay.segments(table, args.batch_size, args.batch_length)
                 else:
                     batch = replay.starts(table, args.ac_batch_size, args.burn_in)
-                try:
-                    found = learner.update(part, to_torch(batch, device))
-                except torch.cuda.OutOfMemoryError:
-                    where = f"step {global_step} (batch {args.batch_size} x {args.batch_length})"
-                    raise SystemExit(f"out of GPU memory at {where}: lower --batch-size or --batch-length") from None
-                due[part], updates, counts[part] = due[part] - 1, updates + 1, counts[part] + 1
-                metrics |= found
+                found = learner.update(part, {k: v.to(device) for k, v in batch.items()})
+                c.due[part], c.updates, c.metrics = c.due[part] - 1, c.updates + 1, c.metrics | found
                 if device.type == "cpu":  # on a GPU this would wait for the device: there, when metrics are read
-                    learner.check(f"step {global_step}, update {updates}")
-            seconds[part] += clock() - began
-        if stop.signum:
-            learner.check(f"step {global_step}, update {updates}")
-            due = due if any(due.values()) else None
-            epoch, collected, idle = (epoch + 1, 0, idle + (not collected)) if due is None else (epoch, collected, idle)
-            replay.cut()
+                    learner.check(found, f"step {c.global_step}, update {c.updates}")
+                if time.time() > clock + 10:
+                    shown = ", ".join(f"{k}={float(v):.4g}" for k, v in found.items() if k in SHOWN)
+                    print(f"epoch {c.epoch + 1}, {part}: {c.due[part]} updates to go, {shown}", flush=True)
+                    clock = time.time()
+        if stop:
+            learner.check(c.metrics, f"step {c.global_step}, update {c.updates}")
             save()
-            stopped()
-        epoch, due = epoch + 1, None
-        if not collected:  # an epoch that only learned: it counts as much as others on the curves' time axis
-            idle, progress, stride = idle + 1, progress + args.steps_per_epoch, args.steps_per_epoch
-        stride, collected = max(stride, collected), 0
+            leave(run, stop)
+        if not c.collected:  # an epoch that only learned counts as much as others on the curves' time axis
+            c.progress += args.steps_per_epoch
+        c.epoch, c.due, c.collected, stride, carry = c.epoch + 1, {}, 0, c.collected or args.steps_per_epoch, None
 
-        # Log, look at fresh episodes, save. Metrics are read here only: reading waits for the device.
-        ending = global_step >= args.total_timesteps and idle >= args.extra_epochs
-        if passed(args.log_every, progress, stride) or ending:
-            learner.check(f"step {global_step}, update {updates}")
-            elapsed, steps, count = (a - b for a, b in zip((time.time(), global_step, updates), mark, strict=True))
-            mark = time.time(), global_step, updates
-            repeat = args.action_repeat or (4 if env_family(args) == "ALE" else 1)
-            tags = {"SPS": steps / max(elapsed, 1e-9), "updates_per_s": count / max(elapsed, 1e-9), "updates": updates}
-            tags = {f"charts/{k}": v for k, v in (tags | {"env_frames": global_step * repeat, "epoch": epoch}).items()}
-            logger.scalars(tags | {f"losses/{k}": float(v) for k, v in metrics.items()}, progress)
-            shown = f"{np.mean(list(recent)[-10:]):.1f}" if recent else "none yet"
-            named = {
-                "pixel_mse": "pixel_mse",
-                "changed_token_accuracy": "changed_tokens",
-                "imagined_return": "imagined",
-            }
-            extra = "".join(f", {v}={float(metrics[k]):.4g}" for k, v in named.items() if k in metrics)
-            pace = f"epoch={epoch}, updates={updates}, SPS={tags['charts/SPS']:.0f}"
-            say(f"global_step={global_step}, episodic_return={shown}, {pace}{extra}")
-        if passed(args.report_every, progress, stride) and not stop.signum:
-            with uncompiled(args):
-                report(args, model, run, progress, obs_space, device, logger)
-        if passed(args.save_every, progress, stride) or ending:
-            learner.check(f"step {global_step}, update {updates}")
-            # NOTE: unfinished episodes are cut at scheduled checkpoints, interrupted or not: that is what makes a
-            # resumed run repeat the unbroken one.
-            replay.cut()
-            save()
-            if stop.signum:
-                stopped()
-            obs = fresh()
+        # Log and save. On a GPU metrics are read here only: reading waits for the device.
+        log, keep = (c.epoch == epochs or c.progress % every < stride for every in (args.log_every, args.save_every))
+        if log or keep:
+            learner.check(c.metrics, f"step {c.global_step}, update {c.updates}")
+        if log:
+            seconds = time.time() - mark[0]
+            charts = dict(SPS=(c.global_step - mark[1]) / seconds, updates_per_s=(c.updates - mark[2]) / seconds)
+            charts["epoch"] = c.epoch
+            for tag, value in (charts | c.metrics).items():
+                writer.add_scalar(f"{'charts' if tag in charts else 'losses'}/{tag}", float(value), c.progress)
+            shown = f"{np.mean(ended):.2f} ({len(ended)} episodes)" if ended else "no episode ended since the last line"
+            line = f"global_step={c.global_step}, episodic_return={shown}, updates={c.updates}, SPS={charts['SPS']:.0f}"
+            print(line + "".join(f", {k}={float(c.metrics[k]):.4g}" for k in SHOWN if k in c.metrics), flush=True)
+            mark, ended = (time.time(), c.global_step, c.updates), []
+        start = save() if keep else start
     envs.close()
+    return finish(args, c, agent, run, writer, stop)
 
-    # Final evaluation on fresh episodes, and the self-check against --target-return.
-    elapsed, steps, count = (a - b for a, b in zip((time.time() + 1e-9, global_step, updates), start, strict=True))
-    kind = "CPU seconds" if device.type == "cpu" else "seconds"
-    spent = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
-    each = ", ".join(f"{k} {seconds[k] / max(1, counts[k]):.4f}" for k in learner.PARTS)
-    say(f"{elapsed / 60:.1f} minutes, {steps / elapsed:.0f} agent steps/s; {kind}: {spent}; per update: {each}")
-    video = os.path.join(run, "videos", "episode.gif") if args.capture_video else None
-    policy = agent_policy(model, device, args.eval_temperature)
-    with uncompiled(args):
-        returns = play_episodes(eval_args(args), policy, args.eval_episodes, 1, video, stop)
-    if stop.signum:
-        stopped()
-    score, std = float(np.mean(returns)), float(np.std(returns))
-    logger.scalars({"eval/episodic_return": score, "eval/episodic_return_std": std}, progress)
-    logger.close()
-    result = dict(episodic_return=score, episodic_return_std=std, returns=returns, random_return=random_return)
-    result |= dict(global_step=global_step, updates=updates, minutes=elapsed / 60, run=run)
-    result |= dict(peak_memory_gb=peak_memory(device))
-    result |= dict(train_return=float(np.mean(list(recent)[-100:])) if recent else None)
-    write_json(result, os.path.join(run, "result.json"))
-    finish(args, score, random_return)
-    return result
+
+SHOWN = "pixel_mse", "changed_token_accuracy", "imagined_return"  # what tells whether to stop a run
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__.split("\n\n    python")[0]))
+    train(parse_args(Args, PRESETS, __doc__.split("\n\nDeviations")[0]))

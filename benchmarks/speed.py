@@ -149,11 +149,11 @@ def iris_parts(script, args, obs_space, action_space, device):
         last = np.full(N, t % (rows // 2) == rows // 2 - 1)
         replay.add(row | {"reward": rng.integers(-1, 2, N).astype(np.float32), "end": last}, last)
     replay.encode(model.tokenizer, device)
-    table, learner = replay.table(), script.IrisLearner(model, args, device)
+    table, learner = replay.table(), script.Learner(model, args, device)
     batches = {"tokenizer": replay.frames(table, args.tokenizer_batch_size)}
     batches["world_model"] = replay.segments(table, args.batch_size, args.batch_length)
     batches["actor_critic"] = replay.starts(table, args.ac_batch_size, args.burn_in)
-    return model, OneOfEach(learner), batches, lambda model, each: script.compile_iris(model, each.learner)
+    return model, OneOfEach(learner), batches, lambda model, each: script.compile_model(model, each.learner)
 
 
 def diamond_parts(script, args, obs_space, action_space, device):

@@ -38,6 +38,22 @@ def tdmpc2_rows(state):
     return named | {"is_first": first, "is_last": torch.roll(first, -1, 1)}
 
 
+def iris_rows(state):
+    """An episode's last observation is not stored, and row t holds what followed: shifted here to what came with t."""
+    replay, env, found = state["replay"], 0, []
+    rows = {k: v[env].float() for k, v in replay["rows"].items()}
+    for _, begin, end in (e for e in replay["episodes"] if e[0] == env):
+        shade = rows["obs"][begin:end, 0, 0, 0]
+        t = [*((shade - shade[0]) / 10).tolist(), float(end - begin)]
+        rewards, over = [0.0, *rows["reward"][begin:end].tolist()], bool(rows["end"][end - 1])
+        for i in range(len(t) - (not over)):
+            last = float(over and i == len(t) - 1)
+            found.append((t[i], rewards[i], float(i == 0), last, last))
+    names = "obs/observation", "reward", "is_first", "is_last", "is_terminal"
+    columns = {k: torch.tensor(v)[None] for k, v in zip(names, zip(*found))}
+    return columns | {"obs/observation": columns["obs/observation"][..., None]}
+
+
 def muzero_rows(state):
     rows = dict(state["replay"]["rows"])
     return rows | {"obs/observation": rows["obs"]}
@@ -60,7 +76,7 @@ def planet_rows(state):
 # rows: the stored rows of a checkpoint, {name: (env, row, ...)}.
 # Where a script differs: stub: faults that the stub always has; skip: cases that mean nothing to it, by a word of
 # theirs; at: updates at which tests kill (twice), stop or poison a run; short: flags for episodes of one step; side: of
-# small images; ends: whether ends are stored.
+# small images; ends: whether ends are stored; blind: observations that it does not take.
 
 SCRIPTS = {
     "dreamerv3": dict(
@@ -82,6 +98,38 @@ SCRIPTS = {
         resize="--deter 32",
         elsewhere=("cpu_pixels", "CartPole-v1", ["env_kwargs"]),
         rows=lambda state: state["replay"]["rows"],
+    ),
+    "iris": dict(
+        # epochs of 16 steps with 1, 2 and then 3 updates
+        tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 192 --steps-per-epoch 16 --tokenizer-start 0 "
+        "--tokenizer-stop 100 --world-model-start 1 --actor-critic-start 2 --tokenizer-updates 1 "
+        "--world-model-updates 1 --actor-critic-updates 1 --vocab-size 8 --code-dim 4 --tok-channels 8 "
+        "--tok-latent 4 --tok-tiles 2 --revive-codes 3 --embed-dim 16 --num-layers 1 --num-heads 2 --imag-horizon 3 "
+        "--burn-in 2 --lstm-size 8 --tokenizer-batch-size 4 --batch-size 2 --batch-length 4 --ac-batch-size 4 "
+        "--image-size 16 --log-every 16 --save-every 32 --eval-episodes 2",
+        update=("Learner", "update"),
+        plant=lambda learner: learner.model.actor_critic.critic_linear.bias,
+        term="value",
+        usage=[
+            ("--total-timesteps 20 --tokenizer-start 9 --world-model-start 9 --actor-critic-start 9", None),
+            ("--image-size 21", None),
+            ("--num-heads 3", None),
+            ("--tok-groups 3", None),
+            ("--imag-horizon 1", None),
+            ("--ac-channels 8,8,8,8,8", None),
+            ("--buffer-size 3", None),
+            ("--init-from nothing.pt", None),
+            ("--env-id Pendulum-v1 --env-kwargs {} --pixels", ["Box(-2.0, 2.0, (1,), float32)", "dreamerv3.py"]),
+            ("--env-id CartPole-v1 --env-kwargs {}", ["one uint8 image", "--pixels"]),
+        ],
+        resize="--lstm-size 16",
+        elsewhere=("cpu", "MinAtar/Breakout-v1", []),
+        rows=iris_rows,
+        stub=dict(obs="image"),
+        skip=["box"],
+        blind=["dict", "discrete"],
+        side=16,
+        ends="always",
     ),
     "muzero": dict(
         # 28 updates for 192 steps
@@ -198,7 +246,7 @@ class Script:
     def __init__(self, name):
         self.name, self.path, self.mod = name, str(ROOT / f"{name}.py"), importlib.import_module(name)
         self.skip, self.short, self.at = [], [], dict(kills=(9, 8), stop=7, poison=6)
-        self.side, self.ends = 8, True
+        self.side, self.ends, self.blind = 8, True, []
         own = dict(SCRIPTS[name])
         self.stubbed = own.pop("stub", {})
         self.__dict__.update(own)
@@ -605,7 +653,7 @@ def stored(script, run, env=0):
 def test_truncated_is_not_terminated(script, end):
     faults = dict(length=None, spread=0) | {end: 5}
     assert script.run("--total-timesteps", 64, **faults).code == 0
-    rows, terminal = stored(script, only_run()), float(end == "length" and script.ends)
+    rows, terminal = stored(script, only_run()), float(script.ends == "always" or end == "length" and script.ends)
     # Row t of an episode: observation t, the reward that came with it, and its flags.
     episode = [(t, t, t == 0, t == 5, terminal * (t == 5)) for t in range(6)]
     assert rows[:36] == (episode * 6)[:36]
@@ -613,7 +661,7 @@ def test_truncated_is_not_terminated(script, end):
 
 def test_episodes_of_one_step(script):
     assert script.run("--total-timesteps", 64, *script.short, length=1, spread=0).code == 0
-    assert stored(script, only_run())[:64] == [(0, 0, 1, 0, 0), (1, 1, 0, 1, script.ends)] * 32
+    assert stored(script, only_run())[:64] == [(0, 0, 1, 0, 0), (1, 1, 0, 1, bool(script.ends))] * 32
     assert {v for _, v in scalars(only_run())["charts/episodic_length"]} == {1}
 
 
@@ -643,16 +691,17 @@ def test_nothing_is_printed_twice(script):
 
 def test_the_first_lines_say_what_the_agent_sees(script):
     action, word = ("discrete", "Discrete(3)") if "box" in script.skip else ("box", "Box(-1.0, 1.0, (2,)")
-    result = script.run("--total-timesteps", 32, obs="pair", action=action)
+    obs, words = ("image", ["uint8"]) if "dict" in script.blind else ("pair", ["image", "vector"])
+    result = script.run("--total-timesteps", 32, obs=obs, action=action)
     head = " ".join(result.out.splitlines()[:3])
-    assert all(word in head for word in ("image", "vector", "16", word)), head
+    assert all(w in head for w in (*words, "16", word)), head
 
 
 @pytest.mark.parametrize("obs, action", [("dict", "box"), ("grey2d", "discrete_start1"), ("channel_first", "box_inf"),
                                          ("rgba", "discrete"), ("discrete", "discrete")])  # fmt: skip
 def test_spaces_that_are_handled(script, monkeypatch, obs, action):
     """To the end, and stopped and resumed in between: everything is in the checkpoint."""
-    if any(action.startswith(word) for word in script.skip):
+    if any(action.startswith(word) for word in script.skip) or obs in script.blind:
         pytest.skip("means nothing to this script")
     flags, spaces = ["--total-timesteps", 64, "--image-size", script.side], dict(obs=obs, action=action, length=20)
     result = script.run(*flags, **spaces)

@@ -219,14 +219,14 @@ IRIS = (
     "--preset cpu --steps-per-epoch 16 --tokenizer-start 0 --tokenizer-stop 100 --world-model-start 1 "
     "--actor-critic-start 2 --tokenizer-updates 1 --world-model-updates 1 --actor-critic-updates 1 --tok-channels 8 "
     "--embed-dim 16 --num-layers 1 --imag-horizon 3 --lstm-size 8 --tokenizer-batch-size 4 --batch-size 2 "
-    "--batch-length 4 --ac-batch-size 4 --num-envs 2 --total-timesteps 64 --eval-episodes 1 --report-every 60 "
+    "--batch-length 4 --ac-batch-size 4 --num-envs 2 --total-timesteps 64 --eval-episodes 1 "
     "--max-episode-steps 20 --log-every 32 --save-every 1000 --no-cuda"
 ).split()
 # The same for iris.py: (flags, number of actions, emulator frames per agent step).
 IRIS_CASES = {
     "catch": ("--env-id Catch-v0 --image-size 32", 3, 1),
     "atari": ("--env-id ALE/Breakout-v5 --image-size 64", 4, 4),
-    "atari-all-actions": ("--env-id ALE/Pong-v5 --image-size 32 --full-action-space --sticky-actions 0.25", 18, 4),
+    "atari-all-actions": ('--env-id ALE/Pong-v5 --image-size 32 --env-kwargs {"full_action_space":true}', 18, 4),
     "minatar": ("--env-id MinAtar/Breakout-v1 --pixels --image-size 32", 3, 1),
     "rendered": ("--env-id CartPole-v1 --pixels --image-size 32 --action-repeat 2", 2, 2),
 }
@@ -239,18 +239,21 @@ def test_iris_environment_family(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["iris.py", *IRIS, *flags.split()])
     args = script.parse_args(script.Args, script.PRESETS, "")
-    result = script.main(args)
+    result = script.train(args)
     assert result["global_step"] == 64 and result["updates"] == 9 and np.isfinite(result["episodic_return"])
     run = next((tmp_path / "runs").iterdir())
-    assert len(list((run / "videos").glob("open_loop-*.gif"))) == 1
-    state = script.load_checkpoint(str(run), "iris")
+    state, agent, side = script.load_checkpoint(str(run)), script.load(str(run)), args.image_size
     rows = state["replay"]["rows"]
-    side = args.image_size
     assert rows["obs"].shape == (2, 32, side, side, 3) and rows["obs"].numpy().std() > 3
-    assert state["spaces"]["action"] == actions and rows["action"].max() < actions
+    assert rows["action"].max() < actions and args.action_repeat in (None, repeat)
     assert len(state["replay"]["episodes"]) >= 4  # of at most 20 steps
     assert all(stop - start <= 20 for _, start, stop in state["replay"]["episodes"])
-    assert args.action_repeat in (None, repeat)
+    obs = rows["obs"][:, :4].numpy()
+    dream, seen = agent.observe(obs, rows["action"][:, :3].numpy())
+    chosen, _ = agent.act(obs[:, 0], None, np.ones(2, bool))
+    _, reward, alive, after = agent.imagine(dream, chosen)
+    assert seen.shape == obs.shape and after.shape == obs[:, 0].shape and seen.dtype == after.dtype == np.uint8
+    assert set(reward) <= {-1.0, 0.0, 1.0} and set(alive) <= {0.0, 1.0} and chosen.max() < actions
 
 
 DIAMOND = (

@@ -47,43 +47,6 @@ STUB = "stub_env:Stub-v0"
 #   more than its checkpoint holds. pictures: steps of the plots in TensorBoard with --report-every 48.
 # flags: every flag the script has. Removing or renaming one breaks its users: think twice before editing the list.
 SCRIPTS = {
-    # Epochs of 16 agent steps: updates 1; 2, 3; 4, 5, 6; then three per epoch.
-    "iris": dict(
-        tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 96 --steps-per-epoch 16 --tokenizer-start 0 "
-        "--tokenizer-stop 100 --world-model-start 1 --actor-critic-start 2 --tokenizer-updates 1 "
-        "--world-model-updates 1 --actor-critic-updates 1 --vocab-size 8 --code-dim 4 --tok-channels 8 --tok-latent 4 "
-        "--tok-tiles 2 --revive-codes 3 --embed-dim 16 --num-layers 1 --num-heads 2 --imag-horizon 3 --burn-in 2 "
-        "--lstm-size 8 --tokenizer-batch-size 4 --batch-size 2 --batch-length 4 --ac-batch-size 4 --image-size 16 "
-        "--log-every 16 --save-every 32 --report-every 0 --eval-episodes 2 --target-return None",
-        train_instance=1,
-        update=("IrisLearner", "update"),
-        plant=lambda learner: learner.model.actor_critic.critic_linear.bias,
-        term="value",
-        faults=dict(obs="image"),
-        spaces=[("image", "discrete_start1"), ("image", "discrete")],
-        state="learner replay rng episodes recent updates global_step epoch due collected",
-        exact_stop=False,
-        early=None,
-        resize=("--lstm-size", "8", "16"),
-        rich=dict(obs="image"),
-        extra=[],
-        pictures=[],
-        other="ALE/Breakout-v5",
-        chatty="--total-timesteps 4800 --log-every 1 --steps-per-epoch 2 --save-every 10000 --buffer-size 100 "
-        "--max-episode-steps 1 --tokenizer-updates 0 --world-model-updates 0 --actor-critic-updates 0",
-        flags="ac-batch-size ac-channels action-repeat actor-critic-lr actor-critic-start actor-critic-updates "
-        "batch-length batch-size beta bf16 buffer-size burn-in capture-video code-dim compile cuda dropout "
-        "embed-dim ent-coef env-id env-kwargs episodic-life epsilon eval-episodes eval-temperature evaluate "
-        "exp-name extra-epochs full-action-space gamma image-size imag-horizon init-from learning-rate log-every "
-        "lpips-weights lstm-size mask-after-end max-episode-steps max-frames max-grad-norm noop-max num-envs "
-        "num-heads num-layers num-threads pixels play preset recon-scale replay-cuda report-every resume "
-        "return-lambda revive-codes save-every save-replay seed skip-first-frame steps-per-epoch sticky-actions "
-        "target-critic "
-        "target-return tau temperature tok-attention tok-blocks tok-channels tok-groups tok-latent tok-levels "
-        "tok-patch tok-tiles tokenizer-batch-size tokenizer-lr tokenizer-start tokenizer-stop tokenizer-updates "
-        "torch-deterministic total-timesteps track vocab-size wandb-entity wandb-project-name weight-decay "
-        "wm-init-gain world-model-lr world-model-start world-model-updates",
-    ),
     # From step 32 on an epoch per 16 steps, with an update of each kind; two more of them in the first one, one of each
     # after the last collection.
     "diamond": dict(
@@ -124,7 +87,7 @@ SCRIPTS = {
         "start-pool sticky-actions target-return temperature-collect terminal-targets test-episodes "
         "torch-deterministic total-timesteps track vf-coef wandb-entity wandb-project-name warmup-updates "
         "weight-decay",
-    ),
+    )
 }
 
 
@@ -399,11 +362,6 @@ USAGE = [
     ("9-seed-minus", ["--seed", "-1"], ["--seed must be 0 to 4294967295, got -1"]),
     ("9-seed-large", ["--seed", "4294967296"], ["--seed must be 0 to 4294967295, got 4294967296"]),
     ("10-heads", ["--embed-dim", "100", "--num-heads", "8"], ["--embed-dim 100", "--num-heads 8", "remainder 4"]),
-    (
-        "10-image",
-        [dict(obs="image"), "--image-size", "21"],
-        {"iris": ["--image-size must be a multiple of", "got 21: remainder 5"]},
-    ),
     ("10-elites", ["--plan-elites", "9"], ["--plan-elites 9 is more than --plan-candidates 8"]),
     (
         "11-buffer",
@@ -425,14 +383,6 @@ USAGE = [
     ("18-channel-first", [dict(obs="channel_first")], ["--env-id", STUB, "uint8 (3, 16, 16)", "height, width"]),
     ("18-rgba", [dict(obs="rgba")], ["--env-id", STUB, "uint8 (16, 16, 4)", "height, width"]),
     ("18-no-picture", [{}, "--pixels"], ["--env-id", STUB, "--pixels", "rgb_array"]),
-    ("16-box", [dict(action="box")], {"iris": ["--env-id", STUB, "need Discrete actions", "Box("]}),
-    (
-        "18-numbers",
-        [dict(obs="discrete")],
-        {"iris": ["--env-id", STUB, "must be one image", "'observation' Discrete(5)", "--pixels"]},
-    ),
-    ("18-vector", [dict(obs="vector")], {"iris": ["--env-id", STUB, "must be one image", "(3,)", "--pixels"]}),
-    ("19-numbers", [dict(obs="dict")], {"iris": ["must be one image", "'discrete'", "'image'", "'vector'"]}),
     ("33-init-from", ["--init-from", "nowhere.pt"], ["--init-from nowhere.pt: no such file"]),
     ("33-lpips", ["--lpips-weights", "nowhere.pth"], ["--lpips-weights nowhere.pth: no such file"]),
     (
@@ -574,9 +524,6 @@ def test_67_headless(script, tmp_path, monkeypatch):
         def suite(self):
             assert os.environ["MUJOCO_GL"] == "egl"
             raise ImportError("Cannot initialize a EGL device display")
-
-    if script.name == "iris":
-        return  # DeepMind Control has Box actions: refused before its import
 
     monkeypatch.setitem(sys.modules, "dm_control", NoDriver("dm_control"))
     result = script.run("--env-id", "dm_control/walker-walk-v0", "--env-kwargs", "{}", "--pixels")

@@ -884,7 +884,8 @@ class Learner:
         for part in ("tokenizer", "world_model", "actor_critic"):
             decay = args.weight_decay if part == "world_model" else 0.0  # at 0 AdamW is Adam
             rate = getattr(args, f"{part}_lr") or args.learning_rate
-            self.opt[part] = configure_optimizer(getattr(model, part), rate, decay, fused=True)
+            options = dict(fused=True, capturable=device.type == "cuda")
+            self.opt[part] = configure_optimizer(getattr(model, part), rate, decay, **options)
         self.bad = torch.zeros((), dtype=torch.bool, device=device)  # whether something was not finite, from then on
         # How often each code word was used since the last revival, and updates of the tokenizer.
         self.usage = torch.zeros(args.vocab_size, device=device)
@@ -945,6 +946,8 @@ class Learner:
         self.model.load_state_dict(state["model"])
         for k, opt in self.opt.items():
             opt.load_state_dict(state["opt"][k])
+            for group in opt.param_groups:  # the run may have begun on another kind of device
+                group["capturable"] = self.device.type == "cuda"
         self.usage.copy_(state["usage"])
         self.count.copy_(state["count"])
 

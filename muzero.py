@@ -918,8 +918,10 @@ class Learner:
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
         options = dict(lr=torch.zeros((), device=device), weight_decay=args.weight_decay, fused=True)
         # NOTE: SGD's weight decay is the L2 term of eq. 1, AdamW's is decoupled.
-        kind = partial(torch.optim.SGD, momentum=0.9) if args.optimizer == "sgd" else torch.optim.AdamW
-        self.opt = kind(self.params, **options)
+        adamw = partial(torch.optim.AdamW, capturable=device.type == "cuda")
+        self.opt = (adamw if args.optimizer == "adamw" else partial(torch.optim.SGD, momentum=0.9))(
+            self.params, **options
+        )
         self.bad = torch.zeros((), dtype=torch.bool, device=device)  # whether something was not finite, from then on
 
     def update(self, batch):
@@ -962,7 +964,8 @@ class Learner:
         if self.target is not None:
             self.target.load_state_dict(state["target"])
         self.opt.load_state_dict(state["opt"])
-        self.opt.param_groups[0]["lr"] = torch.as_tensor(self.opt.param_groups[0]["lr"], device=self.device)
+        rate = torch.as_tensor(self.opt.param_groups[0]["lr"], device=self.device)
+        self.opt.param_groups[0] |= dict(lr=rate, capturable=self.device.type == "cuda")  # on another device, perhaps
         self.updates.copy_(state["updates"])
 
 

@@ -551,7 +551,8 @@ class Learner:
     def __init__(self, model, args, device):
         self.model, self.args, self.device, self.params = model, args, device, list(model.parameters())
         # NOTE: eps 1e-4, not 1e-8: it matters at the scale of summed log-likelihoods.
-        self.opt = torch.optim.Adam(self.params, args.learning_rate, eps=args.adam_eps, fused=True)
+        options = dict(eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
+        self.opt = torch.optim.Adam(self.params, args.learning_rate, **options)
         self.bf16 = args.bf16 and device.type == "cuda"
         self.bad = torch.zeros((), dtype=torch.bool, device=device)  # whether something was not finite, from then on
 
@@ -580,6 +581,7 @@ class Learner:
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         self.opt.load_state_dict(state["opt"])
+        self.opt.param_groups[0]["capturable"] = self.device.type == "cuda"  # the run may have begun on another device
 
 
 class Graphed:

@@ -533,8 +533,9 @@ class Learner:
             dict(params=encoder, lr=args.learning_rate * args.enc_lr_scale),
             dict(params=self.params[len(encoder) :]),
         ]
-        self.opt = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        self.pi_opt = torch.optim.Adam(self.pi_params, args.learning_rate, eps=1e-5, fused=True)
+        options = dict(fused=True, capturable=device.type == "cuda")
+        self.opt = torch.optim.Adam(groups, args.learning_rate, **options)
+        self.pi_opt = torch.optim.Adam(self.pi_params, args.learning_rate, eps=1e-5, **options)
         self.coefs = {k: getattr(args, f"{k}_coef") for k in ("consistency", "reward", "value", "termination")}
         self.bad = torch.zeros((), dtype=torch.bool, device=device)  # whether something was not finite, from then on
         self.autocast = partial(
@@ -579,6 +580,8 @@ class Learner:
     def load_state_dict(self, state):
         for k, v in state.items():
             getattr(self, k).load_state_dict(v)
+        for group in (*self.opt.param_groups, *self.pi_opt.param_groups):  # the run may have begun on another device
+            group["capturable"] = self.device.type == "cuda"
 
 
 class Graphed:

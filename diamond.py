@@ -14,19 +14,13 @@ network predicts reward and end. A recurrent actor-critic learns only from rollo
 
     python diamond.py --env-id ALE/Breakout-v5                      # the paper's Atari 100k run, on a GPU
     python diamond.py --preset cpu                                  # MinAtar Breakout on a laptop, minutes
-    python diamond.py --resume runs/NAME                            # go on, bit for bit on a CPU
-    python diamond.py --evaluate runs/NAME                          # returns of fresh episodes
-    python diamond.py --play runs/NAME                              # play inside the dream; dream and reality as a GIF
-    python diamond.py --record play.npz --env-id ALE/Pong-v5 --total-timesteps 10000   # frames and actions to a file
-    python diamond.py --dataset play.npz                            # the world model alone, on such a file of yours
+    python diamond.py --dataset play.npz                            # the world model alone, on recorded frames of yours
     python diamond.py --init-from Breakout.pt                       # start from the authors' weights (their names)
-    python diamond.py --model-free --num-envs 32                    # the same actor-critic on the real game
+    python diamond.py --resume runs/NAME                            # go on, bit for bit on a CPU
 
-Measured: see the README's result table; every row has its command, commit, hardware and seeds.
-
-Differences between paper and authors' code, where this file follows the code: offset noise, two loss terms per denoiser
+Deviations between paper and authors' code, where this file follows the code: offset noise, two loss terms per denoiser
 update, initial sampling noise of variance 1, gradient clipping, quarter-weighted replay, the long first epoch, rewards
-and ends that are sampled. Differences of this file from both, each with its reason:
+and ends that are sampled. Of this file from both, each with its reason (more: docs/diamond.md):
   * A stored episode has one frame more than actions. So the true next frame is known at every transition; the authors'
     reward/end model sees mid-grey there when an episode was truncated or is still going on.
   * `--terminal-targets` lets the denoiser learn the last frame of an episode too (off as in the code; the cpu preset
@@ -34,43 +28,34 @@ and ends that are sampled. Differences of this file from both, each with its rea
   * Start segments are drawn, and both LSTMs burnt in, for every update anew; the authors keep 8192 of them and their
     reward/end states for hundreds of updates. If one update needs more than --start-pool, they are used again.
   * No gradient flows through the policy's burn-in; it is a constant of the update.
-  * Unfinished episodes are cut at every scheduled checkpoint, so that a resumed run repeats the unbroken one exactly.
-  * Exploration noise is drawn per environment, the authors draw it once for all (they collect with one).
-  * The denoiser's loss has a masked mean; in the code a batch whose targets are all padding gives NaN.
   * On a GPU convolutions run in bfloat16 (theirs in TF32); noise, coefficients, pixels, LSTMs, losses are float32.
-  * Everything is seeded; the authors' seed option is never read.
-
-The algorithm is in the parts Maths, Networks, Losses, Imagination and Replay and in the loop of `train`; a reader may
-stop there. The rest makes the file usable alone: environments, evaluation and dreams, checkpoints, checked flags.
 
 Symbols in shape comments:
   B  batch (replayed segments)         L  frames of context (4)         C  channels of an image or a layer
   N  environments, real or imagined    S  frames of a segment           E  features of an encoder
   H  imagination horizon (images: height and width are h, w)            A  actions
   P  start segments of an update       T  transitions of an episode     K  width of the conditioning vector
-Time convention, everywhere: row t holds frame t, the action taken AFTER seeing it, and the reward and the end flag that
-this action LED to, together with frame t+1. The last frame of an episode has a row of its own, without an action.
+Time: row t holds frame t, the action taken AFTER seeing it, and the reward and the end flag that this action LED to,
+together with frame t+1. The last frame of an episode has a row of its own, without an action.
 """
 
-import contextlib
 import ctypes
 import functools
+import importlib
 import json
 import math
 import os
-import platform
-import random
-import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
-from collections import deque
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, Optional
 
 import gymnasium as gym
@@ -78,213 +63,102 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from gymnasium import spaces
 from PIL import Image
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 # ---- Args and presets ------------------------------------------------------------------------------------------------
 
 
-# A default without a source is the authors' configuration; "code" marks what the paper does not mention.
+# fmt: off
 @dataclass
 class Args:
-    # ---- Experiment
-    exp_name: str = "diamond"
-    """name of the experiment, part of the run directory"""
-    preset: Literal["full", "cpu"] = "full"
-    """named settings; explicit flags win over them"""
-    seed: int = 1
-    """seed of everything random: networks, noise, replay, environments"""
-    torch_deterministic: bool = True
-    """deterministic cuDNN kernels"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    compile: bool = True
-    """torch.compile the networks, and on a GPU capture each whole update in a CUDA graph"""
-    bf16: bool = True
-    """convolutions in bfloat16 on a GPU (see the docstring); on a CPU always float32"""
-    num_threads: Optional[int] = None
-    """CPU threads of torch (default: torch's own choice)"""
-    track: Optional[Literal["wandb", "trackio"]] = None
-    """also send the curves to this tracker (needs its package)"""
-    wandb_project_name: str = "world-models"
-    """project name for --track"""
-    wandb_entity: Optional[str] = None
-    """team for --track wandb"""
-    capture_video: bool = False
-    """write one episode of the final evaluation as a GIF"""
-    save_every: int = 10_000
-    """agent steps between checkpoints; unfinished episodes are cut there (see the docstring)"""
-    save_replay: bool = True
-    """keep the replay in the checkpoint; without it --resume collects anew and is not bit-exact"""
-    resume: Optional[str] = None
-    """run directory to continue"""
-    evaluate: Optional[str] = None
-    """run directory to evaluate, nothing is trained"""
-    play: Optional[str] = None
-    """run directory whose dream is played with the keyboard"""
-    target_return: Optional[float] = None
-    """exit with code 1 if the final evaluation stays below this"""
-    init_from: Optional[str] = None
-    """state dict (.pt) to start from, with the authors' names: denoiser.*, rew_end_model.*, actor_critic.*"""
-    dataset: Optional[str] = None
-    """.npz to train the world model alone on: frames (n, h, w, C) uint8, actions (n,); optional rewards (n,), ends (n,)
-    of each action, and lasts (n,), true for the last frame of an episode, whose action, reward and end are ignored"""
-    record: Optional[str] = None
-    """write --total-timesteps random steps (or those of --evaluate RUN's agent) as such an .npz, train nothing"""
-
-    # ---- Environment
-    env_id: str = "ALE/Breakout-v5"
-    """any gymnasium id with images (or --pixels) and Discrete actions, `module:Id-v0`"""
-    env_kwargs: str = "{}"
-    """JSON object passed to gymnasium.make"""
-    total_timesteps: int = 100_000
-    """agent steps, summed over environments"""
-    num_envs: int = 1
-    """environments in lockstep (code: 1; 32 with --model-free)"""
-    action_repeat: Optional[int] = None
-    """environment steps per agent step (default: 4 for Atari, else 1)"""
-    pixels: bool = False
-    """observe rendered images instead of the environment's own observation"""
-    image_size: int = 64
-    """images are resized to this many pixels per side"""
-    sticky_actions: float = 0.0
-    """Atari: probability that the emulator repeats the previous action"""
-    full_action_space: bool = False
-    """Atari: all 18 actions instead of the game's minimal set"""
-    noop_max: int = 30
-    """Atari: 1 to this many no-ops at the start of an episode"""
-    episodic_life: bool = True
-    """Atari: a lost life ends a training episode (charts/episodic_return is per life); test episodes are whole games"""
-    max_episode_steps: Optional[int] = None
-    """agent steps after which an episode is truncated, at most the environment's own limit (default: that limit)"""
-
-    # ---- World model
-    frame_stack: int = 4
-    """L, frames and actions that the next frame depends on (table 3)"""
-    denoiser_channels: str = "64,64,64,64"
-    """widths of the U-Net's levels (table 2)"""
-    denoiser_depths: str = "2,2,2,2"
-    """residual blocks per level on the way down; one more on the way up (table 2)"""
-    denoiser_cond: int = 256
-    """K, width of its conditioning vector (table 2)"""
-    rew_end_channels: str = "32,32,32,32"
-    """widths of the reward/end model's levels (table 2)"""
-    rew_end_depths: str = "2,2,2,2"
-    """residual blocks per level (table 2)"""
-    rew_end_cond: int = 128
-    """width of its action embedding (table 2)"""
-    rew_end_lstm: int = 512
-    """units of its LSTM (table 2)"""
-    sigma_data: float = 0.5
-    """standard deviation that pixels are taken to have (app. C)"""
-    sigma_offset: float = 0.3
-    """offset noise, one number per image and channel (code; 0: as in the paper's comparison with DDPM)"""
-    p_mean: float = -0.4
-    """mean of the log of the training noise levels (app. C)"""
-    p_std: float = 1.2
-    """its standard deviation (app. C)"""
-    autoregressive_steps: int = 1
-    """further denoiser targets per segment, with the model's own prediction in the context (code)"""
-    terminal_targets: bool = False
-    """also train the denoiser on the last frame of episodes"""
-    denoising_steps: int = 3
-    """network passes per imagined frame (table 3)"""
-    sigma_min: float = 0.002
-    """lowest noise level of the sampler (app. A)"""
-    sigma_max: float = 5.0
-    """highest noise level of the sampler (app. A)"""
-    rho: float = 7.0
-    """spacing of the levels between them (app. A)"""
-    heun: bool = False
-    """second-order sampler. It ruins frames on the 8-bit grid: see `euler_sampler`"""
-    churn: float = 0.0
-    """stochastic sampler: noise added back per step (0: deterministic)"""
-    scale_initial_noise: bool = False
-    """start sampling from noise of size --sigma-max instead of 1 (textbook, but drifts more: see `imagine_frame`)"""
-
-    # ---- Behavior
-    actor_channels: str = "32,32,64,64"
-    """widths of the policy's convolutions, each followed by 2x2 pooling (table 2)"""
-    actor_lstm: int = 512
-    """units of the policy's LSTM (table 2)"""
-    imag_envs: int = 32
-    """N, imagined environments (table 3: batch size)"""
-    imag_horizon: int = 15
-    """H, imagined steps per update, after which imagined episodes are truncated (table 3)"""
-    start_pool: int = 64
-    """P, real segments drawn per update to restart imagined episodes from"""
-    gamma: float = 0.985
-    """discount (table 3)"""
-    return_lambda: float = 0.95
-    """lambda of the returns (table 3)"""
-    ent_coef: float = 0.001
-    """entropy weight (table 3)"""
-    vf_coef: float = 1.0
-    """weight of the value loss"""
-    epsilon: float = 0.01
-    """probability of a uniform action while collecting (table 3)"""
-    temperature_collect: float = 1.0
-    """softmax temperature while collecting (Freeway needs a low one, IRIS has 0.01; authors, issue 34)"""
-    model_free: bool = False
-    """train the actor-critic on the real environments, without a world model"""
-
-    # ---- Optimization
-    buffer_size: int = 200_000
-    """replay capacity in frames; never more is allocated than --total-timesteps can fill"""
-    replay_cuda: bool = True
-    """keep the replay on the GPU if it fits there, otherwise in host memory"""
-    learning_starts: int = 5_100
-    """agent steps before the first update (code: 5,000, and then the 100 of the first epoch)"""
-    learning_starts_max: int = 10_100
-    """more are collected, up to this many, until 10 of the two rarer reward signs were seen (code)"""
-    collect_steps: int = 100
-    """agent steps per epoch (table 3)"""
-    final_epochs: int = 50
-    """epochs without collection at the end (code); with --dataset: epochs after the first"""
-    denoiser_updates: int = 400
-    """denoiser updates per epoch (table 3)"""
-    rew_end_updates: int = 400
-    """reward/end updates per epoch (table 3)"""
-    actor_updates: int = 400
-    """actor-critic updates per epoch (table 3)"""
-    first_denoiser_updates: int = 10_000
-    """denoiser updates in the first epoch (code)"""
-    first_rew_end_updates: int = 10_000
-    """reward/end updates in the first epoch (code)"""
-    first_actor_updates: int = 5_000
-    """actor-critic updates in the first epoch (code)"""
-    batch_size: int = 32
-    """B, segments per denoiser and per reward/end update (table 3)"""
-    rew_end_length: int = 19
-    """frames of a reward/end segment, L + H (table 3)"""
-    learning_rate: float = 1e-4
-    """of denoiser and reward/end model (table 3)"""
-    actor_learning_rate: float = 1e-4
-    """of the actor-critic (table 3)"""
-    weight_decay: float = 1e-2
-    """of denoiser and reward/end model; none for the actor-critic (table 3)"""
-    warmup_updates: int = 100
-    """linear learning-rate warm-up from 0 of each of the three (code)"""
-    max_grad_norm: float = 1.0
-    """gradient clipping of the denoiser; 100 for the other two (code)"""
-
-    # ---- Evaluation and logging
-    eval_episodes: int = 100
-    """episodes of the final evaluation, of --evaluate and of the random baseline"""
-    test_episodes: int = 4
-    """test episodes per report"""
-    log_every: int = 1_000
-    """agent steps between log lines"""
-    report_every: int = 1_000
-    """agent steps between reports: test episodes, errors of the world model on them, a dream (0: never)"""
+    # Experiment
+    env_id: str = "ALE/Breakout-v5"  # any gymnasium id with images (or --pixels), Discrete actions; my_module:MyEnv-v0
+    preset: Literal["full", "cpu"] = "full"  # named settings; explicit flags win over them
+    total_timesteps: int = 100_000  # agent steps, summed over environments
+    seed: int = 1  # seed of everything random: networks, noise, replay, environments
+    resume: Optional[str] = None  # run directory to continue
+    target_return: Optional[float] = None  # exit with code 1 if the final evaluation stays below this
+    init_from: Optional[str] = None  # weights with the authors' names: denoiser.*, rew_end_model.*, actor_critic.*
+    dataset: Optional[str] = None  # .npz of benchmarks/record.py: train the world model alone on its frames
+    cuda: bool = True  # use the GPU if there is one
+    compile: bool = True  # on a GPU: compile the networks, capture each whole update in a CUDA graph
+    bf16: bool = True  # convolutions in bfloat16 on a GPU (see above)
+    num_threads: Optional[int] = None  # CPU threads (None: torch's own choice)
+    exp_name: str = "diamond"  # part of the run directory's name
+    torch_deterministic: bool = True  # deterministic kernels
+    track: Optional[str] = None  # project of Weights and Biases that gets the curves too (needs wandb)
+    log_every: int = 1_000  # agent steps between log lines
+    save_every: int = 10_000  # agent steps between checkpoints
+    eval_episodes: int = 100  # episodes of the final evaluation and of the random baseline
+    # Environment
+    num_envs: int = 1  # environments in lockstep
+    env_kwargs: str = "{}"  # JSON object passed to gymnasium.make; Atari is not sticky unless it says so
+    action_repeat: Optional[int] = None  # environment steps per agent step (None: 4 for Atari, else 1)
+    max_episode_steps: Optional[int] = None  # agent steps after which an episode is truncated (None: the environment's)
+    pixels: bool = False  # observe rendered images instead of the environment's own observation
+    image_size: int = 64  # images are resized to this many pixels per side
+    episodic_life: bool = True  # Atari: a lost life ends a training episode, the game goes on
+    # World model
+    frame_stack: int = 4  # L, frames and actions that the next frame depends on (table 3)
+    denoiser_channels: str = "64,64,64,64"  # widths of the U-Net's levels (table 2)
+    denoiser_depths: str = "2,2,2,2"  # residual blocks per level on the way down; one more on the way up (table 2)
+    denoiser_cond: int = 256  # K, width of its conditioning vector (table 2)
+    rew_end_channels: str = "32,32,32,32"  # widths of the reward/end model's levels (table 2)
+    rew_end_depths: str = "2,2,2,2"  # residual blocks per level (table 2)
+    rew_end_cond: int = 128  # width of its action embedding (table 2)
+    rew_end_lstm: int = 512  # units of its LSTM (table 2)
+    sigma_data: float = 0.5  # standard deviation that pixels are taken to have (app. C)
+    sigma_offset: float = 0.3  # offset noise, per image and channel (code; 0: the paper's comparison with DDPM)
+    p_mean: float = -0.4  # mean of the log of the training noise levels (app. C)
+    p_std: float = 1.2  # its standard deviation (app. C)
+    autoregressive_steps: int = 1  # further denoiser targets per segment, with the own prediction in the context (code)
+    terminal_targets: bool = False  # also train the denoiser on the last frame of episodes
+    denoising_steps: int = 3  # network passes per imagined frame (table 3)
+    sigma_min: float = 0.002  # lowest noise level of the sampler (app. A)
+    sigma_max: float = 5.0  # highest noise level of the sampler (app. A)
+    rho: float = 7.0  # spacing of the levels between them (app. A)
+    heun: bool = False  # second-order sampler (app. A). It ruins frames on the 8-bit grid: see euler_sampler
+    churn: float = 0.0  # stochastic sampler: noise added back per step (0: deterministic)
+    # Behavior
+    actor_channels: str = "32,32,64,64"  # widths of the policy's convolutions, each with 2x2 pooling (table 2)
+    actor_lstm: int = 512  # units of the policy's LSTM (table 2)
+    imag_envs: int = 32  # N, imagined environments (table 3: batch size)
+    imag_horizon: int = 15  # H, imagined steps per update, after which imagined episodes are truncated (table 3)
+    start_pool: int = 64  # P, real segments drawn per update to restart imagined episodes from
+    gamma: float = 0.985  # discount (table 3)
+    return_lambda: float = 0.95  # lambda of the returns (table 3)
+    ent_coef: float = 0.001  # entropy weight (table 3)
+    vf_coef: float = 1.0  # weight of the value loss
+    epsilon: float = 0.01  # probability of a uniform action while collecting (table 3)
+    temperature_collect: float = 1.0  # while collecting (Freeway needs a low one, IRIS has 0.01; authors, issue 34)
+    # Learning
+    buffer_size: int = 200_000  # replay capacity in frames; no more is allocated than the run can fill
+    learning_starts: int = 5_100  # agent steps before the first update (code: 5,000, then the 100 of the first epoch)
+    learning_starts_max: int = 10_100  # up to this many until 10 of the two rarer reward signs were seen (code)
+    collect_steps: int = 100  # agent steps per epoch (table 3)
+    final_epochs: int = 50  # epochs without collection at the end (code); with --dataset: epochs after the first
+    denoiser_updates: int = 400  # denoiser updates per epoch (table 3)
+    rew_end_updates: int = 400  # reward/end updates per epoch (table 3)
+    actor_updates: int = 400  # actor-critic updates per epoch (table 3)
+    first_denoiser_updates: int = 10_000  # denoiser updates in the first epoch (code)
+    first_rew_end_updates: int = 10_000  # reward/end updates in the first epoch (code)
+    first_actor_updates: int = 5_000  # actor-critic updates in the first epoch (code)
+    batch_size: int = 32  # B, segments per denoiser and per reward/end update (table 3)
+    rew_end_length: int = 19  # frames of a reward/end segment, L + H (table 3)
+    learning_rate: float = 1e-4  # of denoiser and reward/end model (table 3)
+    actor_learning_rate: float = 1e-4  # of the actor-critic (table 3)
+    weight_decay: float = 1e-2  # of denoiser and reward/end model; none for the actor-critic (table 3)
+    warmup_updates: int = 100  # linear learning-rate warm-up from 0 of each of the three (code)
+    max_grad_norm: float = 1.0  # gradient clipping of the denoiser; 100 for the other two (code)
 
 
-# fmt: off
-PRESETS = {
-    # The paper's Atari 100k run.
-    "full": {},
+PRESETS = dict(
+    full=dict(),  # the paper's Atari 100k run
     # A laptop: MinAtar Breakout drawn as 10x10 RGB, 640 thousand parameters, learning rates for hundreds of updates.
-    "cpu": dict(
+    cpu=dict(
         env_id="MinAtar/Breakout-v1", pixels=True, image_size=10, total_timesteps=4_200, denoiser_channels="32,32",
         denoiser_depths="1,1", denoiser_cond=64, rew_end_channels="16,16", rew_end_depths="1,1", rew_end_cond=32,
         rew_end_lstm=64, terminal_targets=True, denoising_steps=2, actor_channels="16,32", actor_lstm=128, imag_envs=24,
@@ -292,28 +166,8 @@ PRESETS = {
         learning_starts_max=3_000, collect_steps=300, final_epochs=0, first_denoiser_updates=900,
         first_rew_end_updates=400, first_actor_updates=120, denoiser_updates=60, rew_end_updates=30, actor_updates=50,
         rew_end_length=14, learning_rate=1e-3, actor_learning_rate=2e-3, warmup_updates=20, log_every=300,
-        report_every=1_500, test_episodes=40, save_every=1_500, compile=False, num_threads=1,
-    ),
-}
-# Allowed values, both ends included; checked before anything is created. Fields that are None are skipped.
-RANGES = {
-    **dict.fromkeys(
-        "num_threads save_every total_timesteps num_envs action_repeat max_episode_steps frame_stack denoiser_cond "
-        "rew_end_cond rew_end_lstm denoising_steps actor_lstm imag_envs imag_horizon start_pool buffer_size "
-        "learning_starts learning_starts_max collect_steps batch_size rew_end_length eval_episodes test_episodes "
-        "log_every".split(), (1, math.inf),
-    ),
-    **dict.fromkeys(
-        "autoregressive_steps final_epochs denoiser_updates rew_end_updates actor_updates first_denoiser_updates "
-        "first_rew_end_updates first_actor_updates warmup_updates report_every".split(), (0, 10**12),
-    ),
-    **dict.fromkeys("ent_coef vf_coef churn sigma_offset".split(), (0, 1e9)),
-    **dict.fromkeys("sticky_actions gamma return_lambda epsilon weight_decay".split(), (0, 1)),
-    **dict.fromkeys("sigma_data sigma_min sigma_max p_std max_grad_norm rho temperature_collect".split(), (1e-9, 1e9)),
-    **dict.fromkeys("learning_rate actor_learning_rate".split(), (1e-12, 1)),
-    **{"seed": (0, 2**32 - 1), "noop_max": (0, 1000), "image_size": (8, 256), "p_mean": (-100, 100)},
-    **{"target_return": (-1e300, 1e300)},
-}
+        save_every=1_500, num_threads=1),
+)
 # fmt: on
 QUARTERS = (0.1, 0.1, 0.1, 0.7)  # share of the draws that go to each quarter of the episodes, newest last (code)
 
@@ -670,7 +524,7 @@ def imagine_frame(denoiser, past, actions, sampler, generator=None):
     N, _, *shape = past.shape
     # NOTE: noise of variance 1, although sampling begins at sigma_max = 5. Deliberate: the first steps then lean on the
     # context, and dreams drift less (authors, issue 40).
-    x = torch.randn(N, *shape, device=past.device, generator=generator) * sampler["initial_noise"]
+    x = torch.randn(N, *shape, device=past.device, generator=generator)
     denoise = lambda x, sigma: denoiser.denoise(x, sigma, past, actions)  # noqa: E731
     return euler_sampler(denoise, x, sampler["sigmas"], sampler["heun"], sampler["churn"])
 
@@ -678,8 +532,7 @@ def imagine_frame(denoiser, past, actions, sampler, generator=None):
 def sampler_settings(args):
     """What `imagine_frame` needs, as plain numbers."""
     sigmas = karras_sigmas(args.denoising_steps, args.sigma_min, args.sigma_max, args.rho).tolist()
-    noise = args.sigma_max if args.scale_initial_noise else 1.0
-    return dict(sigmas=sigmas, heun=args.heun, churn=args.churn, initial_noise=noise)
+    return dict(sigmas=sigmas, heun=args.heun, churn=args.churn)
 
 
 def init_lstm_(lstm):
@@ -806,20 +659,19 @@ class RecurrentActorCritic(nn.Module):
         (T, N, A), values (T, N)."""
         gates, out = self.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]), []
         with torch.autocast(gates.device.type, enabled=False):
-            for t, again in enumerate(reset.unsqueeze(-1)):
-                h, c = torch.where(again, h_reset[t], h), torch.where(again, c_reset[t], c)
-                h, c = self.cell(gates[t], h, c)
+            for again, gate, h_new, c_new in zip(reset.unsqueeze(-1).unbind(), gates.unbind(), h_reset, c_reset):
+                h, c = self.cell(gate, torch.where(again, h_new, h), torch.where(again, c_new, c))
                 out.append(h)
             return self.heads(torch.stack(out))
 
 
 class Diamond(nn.Module):
-    """The three networks. `image`: (h, w, C)."""
+    """The three networks. `image`: (h, w, C); config: a dict with the flags of the networks."""
 
     def __init__(self, image, actions, config):
         super().__init__()
         c, self.image, self.actions, self.frames = config, tuple(image), actions, config["frame_stack"]
-        sizes = {k: [int(n) for n in c[k].split(",")] for k in c if isinstance(c[k], str)}
+        sizes = {k: [int(n) for n in v.split(",")] for k, v in c.items() if k.endswith(("_channels", "_depths"))}
         widths, depths = sizes["denoiser_channels"], sizes["denoiser_depths"]
         network = DenoiserNet(image[2], actions, self.frames, widths, depths, c["denoiser_cond"])
         self.denoiser = Denoiser(network, c["sigma_data"], c["sigma_offset"])
@@ -897,8 +749,8 @@ def hits(name, found, truth, usual, mask):
     return {f"{name}_precision": right / claimed.clamp(min=1), f"{name}_recall": right / there.clamp(min=1)}
 
 
-def policy_loss(model, rollout, args):
-    """Sec. 3.3, app. F on a rollout {name: (H, N, ...)}, imagined or real. Returns ({name: loss}, metrics)."""
+def rollout_loss(model, rollout, args):
+    """Sec. 3.3, app. F on an imagined rollout {name: (H, N, ...)}. Returns ({name: loss}, metrics)."""
     r = rollout
     # One pass over all frames with gradient, from the states of the rollout: the same gradient as a pass per step.
     inputs = (r["frame"], r["h"][0], r["c"][0], r["reset"], r["h"], r["c"])
@@ -977,7 +829,7 @@ def imagine_rollout(model, state, batch, args):
 
 
 class WarmAdamW:
-    """AdamW with gradient clipping and warm-up; no step if told so, without waiting for the device."""
+    """AdamW with gradient clipping and warm-up."""
 
     def __init__(self, model, lr, weight_decay, clip, warmup, device):
         self.lr, self.clip, self.warmup, self.params = lr, clip, warmup, list(model.parameters())
@@ -987,21 +839,20 @@ class WarmAdamW:
         rest = [p for p in self.params if p.dim() <= 1 or id(p) in embeddings]
         groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
         self.rate, self.count = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.cuda = device.type == "cuda"
-        self.opt = torch.optim.AdamW(groups, lr=self.rate, eps=1e-8, fused=True, capturable=self.cuda)
+        self.options = dict(lr=self.rate, capturable=device.type == "cuda")
+        self.opt = torch.optim.AdamW(groups, eps=1e-8, fused=True, **self.options)
 
-    def backward(self, loss):
-        """Gradients, clipped; returns their norm before."""
+    def step(self, loss, bad):
+        """One step, and none any more once a gradient is not finite: `bad` (0-dim bool). -> norm of gradients."""
         self.opt.zero_grad()
         loss.backward()
-        return nn.utils.clip_grad_norm_(self.params, self.clip)
-
-    def step(self, bad):
-        """One step unless bad (0-dim bool)."""
+        norm = nn.utils.clip_grad_norm_(self.params, self.clip)
+        bad |= ~torch.isfinite(norm)
         self.rate.copy_(self.lr * warmup_factor(self.count, self.warmup))
-        self.opt.found_inf = bad.float()  # the fused kernel then leaves parameters and moments alone
+        self.opt.found_inf = bad.float()  # decided on the device, nothing waits for it
         self.opt.step()
-        self.count += ~bad
+        self.count += 1
+        return norm
 
     def state_dict(self):
         return {"opt": self.opt.state_dict(), "count": self.count}
@@ -1009,15 +860,15 @@ class WarmAdamW:
     def load_state_dict(self, state):
         self.opt.load_state_dict(state["opt"])
         for group in self.opt.param_groups:  # the run may have begun on another kind of device
-            group["capturable"], group["lr"] = self.cuda, self.rate
+            group |= self.options
         self.count.copy_(state["count"])
 
 
-class DiamondLearner:
+class Learner:
     """The networks, an optimizer for each, the imagined environments, and one update of each kind."""
 
     def __init__(self, model, args, device):
-        self.model, self.args, self.device = model, args, device
+        self.model, self.args, self.device, self.params = model, args, device, list(model.parameters())
         world = dict(lr=args.learning_rate, weight_decay=args.weight_decay, warmup=args.warmup_updates, device=device)
         actor = world | dict(lr=args.actor_learning_rate, weight_decay=0.0)
         self.opts = {
@@ -1025,42 +876,11 @@ class DiamondLearner:
             "rew_end": WarmAdamW(model.rew_end_model, clip=100.0, **world),
             "actor": WarmAdamW(model.actor_critic, clip=100.0, **actor),
         }
-        self.params = [p for opt in self.opts.values() for p in opt.params]
-        self.steps = {"denoiser": self.denoiser_step, "rew_end": self.rew_end_step, "actor": self.actor_step}
-        self.bf16 = args.bf16 and device.type == "cuda"
+        self.autocast = partial(
+            torch.autocast, device.type, torch.bfloat16, enabled=args.bf16 and device.type == "cuda"
+        )
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)  # whether something was not finite, from then on
         self.dream = None  # state of the imagined environments; they live on from update to update
-        self.bad = {}  # by kind: which loss terms, or the gradient norm, were not finite; set once, on the device
-        self.names = {}
-
-    def update(self, kind, batch):
-        """One optimizer step of one network. Returns metrics as tensors on the device."""
-        return self.steps[kind](batch)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def denoiser_step(self, batch):
-        with self.autocast():
-            losses, metrics = denoiser_loss(self.model, batch, self.args)
-        return self.descend("denoiser", losses, metrics)
-
-    def rew_end_step(self, batch):
-        with self.autocast():
-            losses, metrics = rew_end_loss(self.model, batch)
-        return self.descend("rew_end", losses, metrics)
-
-    def actor_step(self, batch):
-        """`batch`: start segments, or, model-free, a rollout in the real environments."""
-        with self.autocast():
-            if self.args.model_free:
-                rollout = batch
-            else:
-                rollout, state = imagine_rollout(self.model, self.dream, batch, self.args)
-                for k, v in self.dream.items():
-                    v.copy_(state[k])
-                torch.clear_autocast_cache()  # NOTE: bfloat16 copies of weights made above carry no gradients
-            losses, metrics = policy_loss(self.model, rollout, self.args)
-        return self.descend("actor", losses, metrics)
 
     def begin(self, batch):
         """The very first start of the imagined environments, from N segments."""
@@ -1071,57 +891,48 @@ class DiamondLearner:
         start["lengths"] = torch.zeros(len(start["h"]), dtype=torch.int64, device=self.device)
         self.dream = {k: v.clone(memory_format=torch.contiguous_format) for k, v in start.items()}
 
-    def descend(self, kind, losses, metrics):
-        opt, values = self.opts[kind], [v.float() for v in losses.values()]
-        norm = opt.backward(sum(values))
-        # No step on bad numbers, decided on the device. The main loop looks at `bad` when it reads metrics.
-        bad = ~torch.isfinite(torch.stack([*values, norm]).detach())
-        if kind not in self.bad:
-            self.bad[kind], self.names[kind] = torch.zeros_like(bad), [*losses, "gradient norm"]
-        self.bad[kind].copy_(torch.where(self.bad[kind].any(), self.bad[kind], bad))
-        opt.step(self.bad[kind].any())
-        metrics = {k: v.detach() for k, v in (losses | metrics).items()}
-        return metrics | {f"grad_norm_{kind}": norm, f"learning_rate_{kind}": opt.rate.clone()}
+    def update(self, kind, batch):
+        """One optimizer step of one network; of the actor on start segments. Returns metrics as tensors on the
+        device."""
+        with self.autocast():
+            if kind == "actor":
+                rollout, state = imagine_rollout(self.model, self.dream, batch, self.args)
+                for k, v in self.dream.items():
+                    v.copy_(state[k])
+                torch.clear_autocast_cache()  # NOTE: bfloat16 copies of weights made above carry no gradients
+                losses, metrics = rollout_loss(self.model, rollout, self.args)
+            elif kind == "denoiser":
+                losses, metrics = denoiser_loss(self.model, batch, self.args)
+            else:
+                losses, metrics = rew_end_loss(self.model, batch)
+        norm = self.opts[kind].step(sum(v.float() for v in losses.values()), self.bad)
+        metrics = {k: v.detach() for k, v in (losses | metrics).items()} | {f"grad_norm_{kind}": norm}
+        return metrics | {f"learning_rate_{kind}": self.opts[kind].rate.clone()}
 
-    def check(self, where=""):
-        """Raise FloatingPointError naming what was not finite. Waits for the device."""
-        for kind, bad in self.bad.items():
-            if bad.any():
-                names = ", ".join(n for n, b in zip(self.names[kind], bad.tolist(), strict=True) if b)
-                raise FloatingPointError(f"not finite at {where}: {names}; no optimizer step was taken")
+    def check(self, metrics, where):
+        """Ends the run naming what was not finite, if something was. Waits for the device."""
+        if self.bad:
+            names = ", ".join(k for k, v in metrics.items() if not math.isfinite(v))
+            names = names.replace("grad_norm", "gradient norm")
+            raise SystemExit(f"not finite at {where}: {names}; no step was taken, ckpt.pt is from before it")
 
     def state_dict(self):
         opts = {k: v.state_dict() for k, v in self.opts.items()}
-        return {"model": self.model.state_dict(), "optimizers": opts, "dream": self.dream}
+        return {"model": self.model.state_dict(), "opts": opts, "dream": self.dream}
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         for k, v in self.opts.items():
-            v.load_state_dict(state["optimizers"][k])
+            v.load_state_dict(state["opts"][k])
         self.dream = state["dream"] and {k: v.clone().to(self.device) for k, v in state["dream"].items()}
 
 
-# [optional: compile
-def compile_diamond(model, learner):
-    """Compile the convolutional networks; on a GPU capture each kind of update, imagination included, in a CUDA
-    graph."""
-    try:
-        torch.compile(lambda x: torch.sin(x) + 1)(torch.zeros(8, device=learner.device))  # is there a working compiler?
-    except Exception as e:
-        return say(f"warning: torch.compile does not work here ({type(e).__name__}); going on without it")
-    say("compiling: the first steps take a minute or more (--no-compile starts at once)")
-    for network in (model.denoiser.inner_model, model.rew_end_model.encoder, model.actor_critic.encoder):
-        network.compile(dynamic=False)  # in place: parameter names in checkpoints stay as they are
-    if learner.device.type == "cuda":
-        learner.steps = {kind: Graphed(step) for kind, step in learner.steps.items()}
-
-
-class Graphed:  # shared
+class Graphed:
     """A function of a dict of tensors, captured in a CUDA graph after three ordinary calls. Outputs are reused by
     later calls."""
 
     def __init__(self, function):
-        self.function, self.calls, self.graph, self.stream = function, 0, None, torch.cuda.Stream()
+        self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
 
     def __call__(self, inputs):
         self.calls += 1
@@ -1131,7 +942,7 @@ class Graphed:  # shared
                 outputs = self.function(inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
-        if self.graph is None:
+        if self.calls == 4:
             self.inputs, self.graph = {k: v.clone() for k, v in inputs.items()}, torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):  # records, does not run
                 self.outputs = self.function(self.inputs)
@@ -1140,12 +951,13 @@ class Graphed:  # shared
         return self.outputs
 
 
-# compile]
-
-
-def uncompiled(args):  # shared
-    """Run what is compiled eagerly inside: other batch sizes and lengths are not worth a compilation each."""
-    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
+def compile_model(model, learner):
+    """Compile the convolutional networks; capture each kind of update, imagination included, in a CUDA graph."""
+    print("compiling: the first steps take a minute or more (--no-compile starts at once)", flush=True)
+    for network in (model.denoiser.inner_model, model.rew_end_model.encoder, model.actor_critic.encoder):
+        network.compile(dynamic=False)  # in place: parameter names in checkpoints stay as they are
+    graphs = {kind: Graphed(partial(learner.update, kind)) for kind in learner.opts}
+    learner.update = lambda kind, batch: graphs[kind](batch)
 
 
 # ---- Replay ----------------------------------------------------------------------------------------------------------
@@ -1165,10 +977,6 @@ class FrameReplay:
         self.episodes, self.open = [], {}  # [environment, first row, T]; {environment: its last episode if going on}
         self.table = None  # environments, first rows, T, cumulated probabilities of the episodes that can be drawn
         self.rng = np.random.default_rng(seed)
-
-    @staticmethod
-    def row_bytes(image):
-        return math.prod(image) + 4 + 4 + 1
 
     def write(self, envs, rows, **values):
         index = torch.as_tensor(envs * self.capacity + rows % self.capacity, device=self.device)
@@ -1264,16 +1072,14 @@ class FrameReplay:
 # ---- Environment -----------------------------------------------------------------------------------------------------
 
 
-def resize(image, size):  # shared
-    """(H, W, C) uint8 -> (size, size, C), bilinear."""
-    if image.shape[:2] == (size, size):
-        return image
-    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    return np.asarray(picture.resize((size, size), Image.BILINEAR)).reshape(size, size, -1)
+def resize(image, size):
+    """(H, W, C) uint8 of any number of channels -> (size, size, C), bilinear, always a copy."""
+    planes = [Image.fromarray(p).resize((size, size), Image.BILINEAR) for p in np.moveaxis(image, 2, 0)]
+    return np.stack([np.asarray(p) for p in planes], 2)
 
 
 @functools.cache
-def area_weights(n, size):  # shared
+def area_weights(n, size):
     """(size, n): shares of n pixels in each of `size` cells of equal length, as OpenCV's INTER_AREA when it shrinks."""
     edges = np.arange(size + 1) * (n / size)
     low, high = np.maximum(edges[:-1, None], np.arange(n)), np.minimum(edges[1:, None], np.arange(n) + 1)
@@ -1281,718 +1087,175 @@ def area_weights(n, size):  # shared
 
 
 class AtariByLife(gym.Wrapper):
-    """Frame skip with the maximum of the last two frames, random no-ops, area resizing, and, if wanted, episodes of one
-    life."""
+    """Frame skip with the maximum of the last two frames, 1 to 30 no-ops, area resizing; says when a life was lost."""
 
-    complete = True  # no further wrapper repeats actions or draws
-
-    def __init__(self, env, repeat, size, noop_max, episodic_life):
+    def __init__(self, env, args):
         super().__init__(env)
-        self.repeat, self.size, self.noop_max, self.episodic_life = repeat, size, noop_max, episodic_life
-        self.over, self.lives, self.last = True, 0, None
-        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.args, self.observation_space = args, spaces.Box(0, 255, (args.image_size, args.image_size, 3), np.uint8)
 
     def reset(self, *, seed=None, options=None):
-        if self.episodic_life and not self.over and not (options or {}).get("full"):
-            # NOTE: a lost life must not reset the emulator: the next episode begins with the frame that ended this one.
-            return self.last, {}
-        frame, info = self.env.reset(seed=seed)
-        for _ in range(np.random.default_rng(seed).integers(1, self.noop_max + 1) if self.noop_max else 0):
+        frame, info = self.env.reset(seed=seed, options=options)
+        for _ in range(np.random.default_rng(seed).integers(1, 31)):
             frame, _, terminated, truncated, info = self.env.step(0)
             if terminated or truncated:
-                frame, info = self.env.reset()
-        self.over, self.lives = False, self.unwrapped.ale.lives()
-        self.last = self.picture(frame)
-        return self.last, info
+                frame, info = self.env.reset(options=options)
+        self.lives = self.unwrapped.ale.lives()
+        return self.picture(frame), info
 
     def step(self, action):
         total, frames = 0.0, []
-        for _ in range(self.repeat):
+        for _ in range(self.args.action_repeat or 4):
             frame, reward, terminated, truncated, info = self.env.step(action)
             total, frames = total + float(reward), [*frames[-1:], frame]
             if terminated or truncated:
                 break
-        self.over, lives = terminated or truncated, self.unwrapped.ale.lives()
-        terminated = terminated or (self.episodic_life and lives < self.lives)
-        # NOTE: a life that was won and lost again ends no episode: the authors' counter only falls.
-        self.lives, self.last = min(lives, self.lives), self.picture(np.max(frames, axis=0))
-        return self.last, total, terminated, truncated, info
+        # NOTE: a lost life is an episode's end for learning, but the game goes on; gymnasium's and ale-py's options
+        # start a new game. A life that was won and lost again ends no episode: the authors' counter only falls.
+        info, self.lives = info | {"life_lost": (n := self.unwrapped.ale.lives()) < self.lives}, min(n, self.lives)
+        return self.picture(np.max(frames, axis=0)), total, terminated, truncated, info
 
     def picture(self, frame):
-        rows, columns = (area_weights(n, self.size) for n in frame.shape[:2])
+        rows, columns = (area_weights(n, self.args.image_size) for n in frame.shape[:2])
         # NOTE: not Pillow's box filter, which takes whole pixels only: up to 32 grey levels off on Breakout's frames.
-        image = np.tensordot(rows, np.tensordot(columns, frame.astype(np.float32), (1, 1)), (1, 1))  # (size, size, 3)
-        return np.rint(image).astype(np.uint8)
+        return np.rint(np.einsum("yh,xw,hwc->yxc", rows, columns, frame.astype(np.float32), optimize=True)).astype(
+            np.uint8
+        )
 
 
-def draw_minatar(state, size):  # shared
-    """(10, 10, C) bool -> (size, size, 3) uint8: one hue per channel, whole pixels, black border."""
-    hues = np.linspace(0, 1, state.shape[2], endpoint=False)[:, None] + np.array([0, 1 / 3, 2 / 3])
-    colors = (255 * np.clip(np.abs(hues % 1 * 6 - 3) - 1, 0.15, 1)).astype(np.uint8)  # (C, 3)
-    image = np.zeros((*state.shape[:2], 3), np.uint8)
-    for channel, color in enumerate(colors):
-        image[state[..., channel]] = color
-    zoom = max(1, size // state.shape[0])
-    image = image.repeat(zoom, 0).repeat(zoom, 1)[:size, :size]
-    pad = [((size - n) // 2, size - n - (size - n) // 2) for n in image.shape[:2]]
-    return np.pad(image, (*pad, (0, 0)))
-
-
-class Pixels(gym.ObservationWrapper):  # shared
-    """Observe what the environment draws (MinAtar: its state in colours) instead of its own observation."""
+class MinAtar(gym.Wrapper):
+    """MinAtar with a picture of its state: (10, 10, C) bool -> (size, size, 3), one hue per channel."""
 
     def __init__(self, env, size):
         super().__init__(env)
-        self.size, self.minatar = size, hasattr(env.unwrapped, "game") and hasattr(env.unwrapped.game, "state_shape")
-        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
-
-    def observation(self, obs):
-        if self.minatar:
-            return draw_minatar(self.unwrapped.game.state(), self.size)
-        image = self.env.render()
-        if not isinstance(image, np.ndarray):
-            raise ValueError(f"--pixels needs rgb_array images (H, W, 3) from render(), found {type(image).__name__}")
-        return resize(image, self.size)
-
-
-class Repeat(gym.Wrapper):  # shared
-    """Repeat each action, add up the rewards, stop at the end of the episode."""
-
-    def __init__(self, env, repeat):
-        super().__init__(env)
-        self.repeat = repeat
-
-    def step(self, action):
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
-
-
-class Adapter(gym.Wrapper):  # shared
-    """Any supported environment as: Dict observations (uint8 images (H, W, C), float32 vectors (n,), int64 numbers) and
-    Discrete(n) or Box(-1, 1) actions. Raises ValueError with what was wanted and what was found."""
-
-    def __init__(self, env, size):
-        super().__init__(env)
-        space, self.size, self.kinds = env.observation_space, size, {}
-        self.single = not isinstance(space, gym.spaces.Dict)
-        self.source = {"observation": space} if self.single else dict(space.spaces)
-        out = {}
-        for key, s in self.source.items():
-            if isinstance(s, gym.spaces.Discrete):
-                self.kinds[key], out[key] = "number", gym.spaces.Discrete(s.n)
-            elif isinstance(s, gym.spaces.Box) and s.dtype == np.uint8 and len(s.shape) > 1:
-                if len(s.shape) != 3 or s.shape[2] not in (1, 3):
-                    raise ValueError(f"images must be uint8 (height, width, 1 or 3), {key!r} is {s.dtype} {s.shape}")
-                self.kinds[key], out[key] = "image", gym.spaces.Box(0, 255, (size, size, s.shape[2]), np.uint8)
-            elif isinstance(s, gym.spaces.Box) and math.prod(s.shape) <= 4096:
-                n = math.prod(s.shape)
-                self.kinds[key], out[key] = "vector", gym.spaces.Box(-np.inf, np.inf, (n,), np.float32)
-            else:
-                found = f"{s} in a Dict with the keys {sorted(self.source)}" if not self.single else str(s)
-                wanted = "images, vectors of up to 4096 numbers or Discrete"
-                raise ValueError(f"observations must be {wanted}, {key!r} is {found}")
-        self.observation_space, a = gym.spaces.Dict(out), env.action_space
-        if isinstance(a, gym.spaces.Discrete):
-            self.action_space = gym.spaces.Discrete(a.n)
-        elif isinstance(a, gym.spaces.Box) and len(a.shape) == 1 and a.dtype.kind == "f":
-            self.action_space = gym.spaces.Box(-1, 1, a.shape, np.float32)
-        else:
-            raise ValueError(f"actions must be Discrete or a one-dimensional float Box, found {a}")
-
-    def convert(self, obs):
-        obs, out = {"observation": obs} if self.single else obs, {}
-        for key, kind in self.kinds.items():
-            value, space = np.asarray(obs[key]), self.source[key]
-            if value.shape != space.shape or (kind == "image" and value.dtype != np.uint8):
-                sent = f"{value.dtype} {value.shape}"
-                raise ValueError(f"{key!r} is declared {space.dtype} {space.shape}, the environment sent {sent}")
-            if kind == "image":
-                out[key] = resize(value, self.size)
-            elif kind == "number":
-                out[key] = np.int64(value - space.start)
-            else:
-                out[key] = value.astype(np.float32).reshape(-1)
-        return out
+        hues = np.linspace(0, 1, env.unwrapped.game.n_channels, endpoint=False)[:, None] + np.array([0, 1 / 3, 2 / 3])
+        self.size, self.colors = size, (255 * np.clip(np.abs(hues % 1 * 6 - 3) - 1, 0.15, 1)).astype(np.uint8)  # (C, 3)
 
     def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=seed, options=options)
-        return self.convert(obs), info
+        self.unwrapped.game.last_action = 0  # NOTE: else the first sticky action comes from the episode before
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, action):
-        space = self.env.action_space
-        if isinstance(space, gym.spaces.Discrete):
-            action = int(action) + int(space.start)
-        else:  # the policy's Gaussian is unbounded: clip, then stretch to the environment's bounds where it has them
-            action = np.clip(action, -1, 1)
-            bounded = np.isfinite(space.low) & np.isfinite(space.high)
-            low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-            action = (low + (action + 1) / 2 * (high - low)).astype(space.dtype)
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return self.convert(obs), float(reward), bool(terminated), bool(truncated), info
+        clock = (
+            self.unwrapped.game.env_name == "freeway"
+        )  # NOTE: it ends by its clock alone, which is no terminal state
+        return obs, reward, terminated and not clock, truncated or terminated and clock, info
+
+    def render(self):  # NOTE: the package's own picture is float in 0..1
+        image, scale = np.zeros((10, 10, 3), np.uint8), max(1, self.size // 10)
+        for channel, color in enumerate(self.colors):
+            image[self.unwrapped.game.state()[..., channel]] = color
+        rest = max(0, self.size - 10 * scale)
+        return np.pad(image.repeat(scale, 0).repeat(scale, 1), [(rest // 2, rest - rest // 2)] * 2 + [(0, 0)])
 
 
-PACKAGES = {"ALE": ("ale_py", "ale-py"), "MinAtar": ("minatar", "minatar")}
+class Recording(gym.Env):
+    """The episodes of a data set, whatever action is chosen: where the tools' dreams of a --dataset run start."""
+
+    def __init__(self, path):
+        self.episodes, _, actions = load_dataset(path)
+        self.observation_space = spaces.Box(0, 255, self.episodes[0]["frames"].shape[1:], np.uint8)
+        self.action_space = spaces.Discrete(actions)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episodes[self.np_random.integers(len(self.episodes))], 0
+        return self.episode["frames"][0].copy(), {}
+
+    def step(self, action):
+        self.t += 1
+        over, reward = self.t == len(self.episode["actions"]), float(self.episode["rewards"][self.t - 1])
+        return self.episode["frames"][self.t].copy(), reward, over and self.episode["end"], over, {}
 
 
-def env_family(args):  # shared
-    """ALE, MinAtar, dm_control, or whatever stands before the slash of an id."""
-    return args.env_id.split(":")[-1].split("/")[0]
-
-
-def registered_env(args, **kwargs):  # shared
-    """An environment of gymnasium's registry, where those of ALE and MinAtar are put first; `kwargs` win over flags."""
-    family, kwargs = env_family(args), json.loads(args.env_kwargs) | kwargs
+def make_env(args, seed):
+    """The environment as the agent sees it. Observations: uint8 images (size, size, C); actions: Discrete(n). Raises
+    ValueError with what was wanted and what was found. Episodes are functions of the seed of their reset and of the
+    actions; a first reset without a seed goes on from `seed`. With --dataset: see Recording."""
+    if args.dataset:
+        env = Recording(args.dataset)
+        env.reset(seed=int(seed))
+        return env
+    *modules, name = args.env_id.split(":")
+    family, kwargs = name.split("/")[0], json.loads(args.env_kwargs)
+    for module in modules:
+        importlib.import_module(module)
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draw without a display
     if family == "ALE":
-        import ale_py
+        import ale_py  # noqa: F401 (registers its ids)
 
-        gym.register_envs(ale_py)
+        # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours, and it is the only one.
+        kwargs = dict(frameskip=1, repeat_action_probability=0) | kwargs
     elif family == "MinAtar":
         import minatar.gym
 
-        if args.env_id not in gym.registry:
+        if name not in gym.registry:
             minatar.gym.register_envs()
-        kwargs |= dict(max_episode_steps=2500) if not args.max_episode_steps else {}  # MinAtar has no limit
-    if args.pixels and family != "MinAtar":
-        kwargs |= dict(render_mode="rgb_array")
-    return gym.make(args.env_id, **kwargs)
-
-
-def atari_by_life(args):
-    # NOTE: the v5 ids skip frames by themselves and without max-pooling; the skip is ours, and it is the only one.
-    settings = dict(repeat_action_probability=args.sticky_actions, full_action_space=args.full_action_space)
-    env = registered_env(args, frameskip=1, **settings)
-    return AtariByLife(env, args.action_repeat or 4, args.image_size, args.noop_max, args.episodic_life)
-
-
-def refuse_control(args):
-    raise ValueError("DIAMOND needs Discrete actions; DeepMind Control has Box actions")
-
-
-# Environments that are not built by gymnasium.make alone.
-FAMILIES = {"ALE": atari_by_life, "dm_control": refuse_control}
-
-
-def make_env(args, index, key=0):  # shared
-    """A function that builds environment `index`, with every wrapper. Episodes of different keys never share a seed."""
-
-    def thunk():
-        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draw without a display
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        env = FAMILIES.get(env_family(args), registered_env)(args)
-        if not getattr(env, "complete", False):  # Atari's wrapper repeats and draws by itself
-            env = Repeat(env, args.action_repeat) if (args.action_repeat or 1) > 1 else env
-            env = Pixels(env, args.image_size) if args.pixels else env
-        env = Adapter(env, args.image_size)
-        if args.max_episode_steps:
-            env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
-        return CheckedEnv(SeededReset(gym.wrappers.RecordEpisodeStatistics(env), (args.seed, key, index)), index)
-
-    return thunk
-
-
-def make_envs(args, n, key=0):  # shared
-    """n environments in lockstep. NOTE: SAME_STEP, so that the true last observation arrives with the end of its
-    episode."""
-    return gym.vector.SyncVectorEnv(
-        [make_env(args, i, key) for i in range(n)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
-    )
-
-
-def to_torch(obs, device):  # shared
-    return {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
-
-
-# ---- Evaluation and dreams -------------------------------------------------------------------------------------------
-
-
-def random_policy(action_space, seed):  # shared
-    """Uniform actions, as a policy: observations, is_first, its state -> actions, its state."""
-    rng, n = np.random.default_rng(seed), getattr(action_space, "n", None)
-    shape = () if n else action_space.shape
-
-    def policy(obs, first, state):
-        size = (len(first), *shape)
-        return (rng.integers(n, size=size) if n else rng.uniform(-1, 1, size).astype(np.float32)), state
-
-    return policy
-
-
-def agent_policy(model, device, temperature=1.0, epsilon=0.0):
-    """The trained actor (sampled actions), with its recurrent state, as a policy for play_episodes."""
-
-    @torch.no_grad()
-    def policy(obs, first, state):
-        frames = frames_to_float(torch.as_tensor(image_of(obs), device=device)).permute(0, 3, 1, 2)
-        blank = torch.zeros(len(first), model.actor_critic.units, device=device)
-        keep = torch.as_tensor(~first, device=device).unsqueeze(1)
-        # NOTE: in real environments the LSTM starts from zero, without burn-in.
-        h, c = (v * keep for v in (state or (blank, blank)))
-        logits, _, h, c = model.actor_critic(frames, h, c)
-        action = draw_class(logits / temperature)
-        if epsilon:
-            uniform = torch.randint(model.actions, action.shape, device=device)
-            action = torch.where(torch.rand(action.shape, device=device) < epsilon, uniform, action)
-        return action.cpu().numpy(), (h, c)
-
-    return policy
-
-
-def image_of(obs):
-    """The one image of Adapter's observations."""
-    return next(iter(obs.values()))
-
-
-def full_game(args):
-    """Test episodes end when the game is over, not when a life is lost."""
-    return replace(args, episodic_life=False)
-
-
-def picture_of(env, obs):  # shared
-    """What the environment renders, if it does, else its observation."""
-    image = env.render() if getattr(env.unwrapped, "render_mode", None) == "rgb_array" else None
-    return image if isinstance(image, np.ndarray) and image.ndim == 3 else draw(obs)
-
-
-def play_episodes(args, policy, episodes, key, video=None, stop=None):  # shared
-    """Returns of one episode in each of `episodes` fresh environments; `video`: path for a GIF of the first one;
-    `stop`: a StopSignal that ends it early."""
-    envs, frames, state, first = make_envs(args, episodes, key), [], None, np.ones(episodes, bool)
-    returns, alive = np.zeros(episodes), np.ones(episodes, bool)
-    try:
-        obs, _ = envs.reset()
-        for _ in range(args.max_episode_steps or 27_000):  # an environment without a limit ends here
-            if video and alive[0]:
-                frames.append(picture_of(envs.envs[0], {k: v[0] for k, v in obs.items()}))
-            actions, state = policy(obs, first, state)
-            obs, reward, terminated, truncated, _ = envs.step(actions)
-            returns, first = returns + reward * alive, terminated | truncated
-            alive &= ~first
-            if not alive.any() or (stop and stop.signum):
-                break
-    finally:
-        envs.close()
-    if video:
-        save_gif(frames, video)
-    return [float(r) for r in returns]
-
-
-def play_tests(args, policy, episodes, key, stop=None, store=None, keep=2_000):
-    """Returns of one episode in each of `episodes` fresh environments, and the first `store` of these episodes (all, if
-    None): [{frames (T+1, h, w, C), actions (T,), rewards (T,), end}]; of long ones the first `keep` transitions."""
-    envs, state, first = make_envs(args, episodes, key), None, np.ones(episodes, bool)
-    store, returns, alive = min(store or episodes, episodes), np.zeros(episodes), set(range(episodes))
-    played = [dict(frames=[], actions=[], rewards=[], end=False) for _ in range(store)]
-    try:
-        obs, _ = envs.reset()
-        for i, p in enumerate(played):
-            p["frames"].append(image_of(obs)[i].copy())
-        for t in range(args.max_episode_steps or 27_000):
-            actions, state = policy(obs, first, state)
-            obs, reward, terminated, truncated, infos = envs.step(actions)
-            first = terminated | truncated
-            for i in sorted(alive):
-                returns[i] += reward[i]
-                if t < keep and i < store:
-                    last = image_of(infos["final_obs"][i]) if first[i] else image_of(obs)[i].copy()
-                    played[i]["frames"].append(last)
-                    played[i]["actions"].append(int(actions[i]))
-                    played[i]["rewards"].append(float(reward[i]))
-                    played[i]["end"] = bool(terminated[i])
-                if first[i]:
-                    alive.remove(i)
-            if not alive or (stop and stop.signum):
-                break
-    finally:
-        envs.close()
-    stored = [{k: np.stack(p[k]) if k != "end" else p[k] for k in p} for p in played if p["actions"]]
-    return [float(r) for r in returns], stored
-
-
-def context_rows(episodes, picks, L, device):
-    """Segments of L rows that end at row t of an episode, for (episode, t) in picks, as burn_in_starts takes them."""
-    frames, actions, mask = [], [], []
-    for e, t in picks:
-        rows = np.arange(t - L + 1, t + 1)
-        frames.append(episodes[e]["frames"][rows.clip(min=0)])
-        taken = np.append(episodes[e]["actions"], 0)  # the last frame has no action
-        actions.append(np.where(rows >= 0, taken[rows.clip(min=0)], 0))
-        mask.append(rows >= 0)
-    return {k: torch.as_tensor(np.stack(v), device=device) for k, v in
-            (("frames", frames), ("actions", actions), ("mask", mask))}  # fmt: skip
-
-
-@torch.no_grad()
-def world_model_errors(model, episodes, args, device, most=600):
-    """One imagined step after real context, on transitions of episodes that the model did not train on: squared errors
-    (pixels in 0..1) beside those of repeating the frame and of a wrong action; share of frames that are right
-    everywhere (within a quarter of the range); precision and recall of rewards and ends (most likely class), judged
-    from the imagined frame, which is what the policy lives on, and (`_real`) from the true one."""
-    picks = [(e, t) for e, p in enumerate(episodes) for t in range(len(p["actions"]))]
-    picks = [picks[i] for i in np.linspace(0, len(picks) - 1, min(most, len(picks))).astype(int)]
-    if not picks:
-        return {}
-    sampler, rows = sampler_settings(args), []
-    shuffled = [picks[i] for i in np.random.default_rng(0).permutation(len(picks))]
-    for i in range(0, len(picks), 64):
-        some, others = picks[i : i + 64], shuffled[i : i + 64]
-        start, _ = burn_in_starts(model, context_rows(episodes, some, args.frame_stack, device))
-        truth = np.stack([episodes[e]["frames"][t + 1] for e, t in some])
-        truth = frames_to_float(torch.as_tensor(truth, device=device)).permute(0, 3, 1, 2)
-        wrong = torch.as_tensor([int(episodes[e]["actions"][t]) for e, t in others], device=device)
-        wrong = torch.cat([start["actions"][:, :-1], wrong.unsqueeze(1)], 1)
-        own = imagine_frame(model.denoiser, start["frames"], start["actions"], sampler)
-        other = imagine_frame(model.denoiser, start["frames"], wrong, sampler)
-        wm = start["wm_h"].unsqueeze(0), start["wm_c"].unsqueeze(0)
-        last = start["frames"][:, -1:], start["actions"][:, -1:]
-        judged = [model.rew_end_model(*last, x.unsqueeze(1), wm)[:2] for x in (own, truth)]
-        now, gap = start["frames"][:, -1], lambda x: ((x - truth) / 2).square().flatten(1).mean(1)  # noqa: B023
-        row = dict(mse=gap(own), copy=gap(now), wrong=gap(other), exact=(own - truth).abs().flatten(1).amax(1) <= 0.5)
-        for name, (reward, end) in zip(("", "_real"), judged):
-            row |= {f"reward{name}": reward[:, 0].argmax(-1) - 1, f"end{name}": end[:, 0].argmax(-1)}
-        row["true_reward"] = torch.as_tensor([np.sign(episodes[e]["rewards"][t]) for e, t in some], device=device)
-        ends = [episodes[e]["end"] and t == len(episodes[e]["actions"]) - 1 for e, t in some]
-        rows.append(row | {"true_end": torch.as_tensor(ends, device=device).long()})
-    r = {k: torch.cat([row[k] for row in rows]).cpu() for k in rows[0]}
-    out = dict(one_step_mse=r["mse"], copy_previous_mse=r["copy"], wrong_action_mse=r["wrong"], exact_frames=r["exact"])
-    if r["true_end"].any():
-        out["exact_last_frames"] = r["exact"][r["true_end"] == 1]
-    out = {k: float(v.float().mean()) for k, v in out.items()}
-    everything = torch.ones_like(r["true_end"], dtype=torch.bool)
-    for what in ("reward", "reward_real", "end", "end_real"):
-        found = hits(what, r[what], r["true_" + what.removesuffix("_real")], 0, everything)
-        out |= {k: float(v) for k, v in found.items()}
-    return out
-
-
-HORIZONS = (1, 5, 10, 20, 50, 100)
-
-
-@torch.no_grad()
-def open_loop(model, episodes, args, device, length=100, clips=8):
-    """Dreams with the true actions after L frames of context, on the longest episodes. Squared errors by horizon (in
-    0..1) beside those of repeating the last frame of the context; truth and dream {key: (clips, frames, h, w, C)},
-    where a clip that is shorter repeats its last frame."""
-    L, sampler, key = args.frame_stack, sampler_settings(args), "observation"
-    longest = sorted(episodes, key=lambda p: -len(p["actions"]))[:clips]
-    starts = [min(L - 1, max(0, len(p["actions"]) - 1)) for p in longest]
-    steps = min(length, max(len(p["actions"]) - t for p, t in zip(longest, starts)))
-    now, _ = burn_in_starts(model, context_rows(longest, list(enumerate(starts)), L, device))
-    frames, actions, dream = now["frames"], now["actions"], []
-    for k in range(steps):
-        taken = [int(p["actions"][min(t + k, len(p["actions"]) - 1)]) for p, t in zip(longest, starts)]
-        actions = torch.cat([actions[:, :-1], torch.as_tensor(taken, device=device).unsqueeze(1)], 1)
-        frame = imagine_frame(model.denoiser, frames, actions, sampler).unsqueeze(1)
-        frames, actions = torch.cat([frames[:, 1:], frame], 1), torch.cat([actions[:, 1:], actions[:, :1]], 1)
-        dream.append(float_to_frames(frame[:, 0]).permute(0, 2, 3, 1).cpu().numpy())
-    truth = []
-    for p, t in zip(longest, starts):
-        rows = np.arange(t - L + 1, t + steps + 1).clip(0, len(p["actions"]))
-        truth.append(p["frames"][rows])
-    truth, dream = np.stack(truth), np.stack(dream, 1)  # (clips, L + steps, h, w, C), (clips, steps, h, w, C)
-    shown, errors = np.concatenate([truth[:, :L], dream], 1), {}
-    for k in range(1, steps + 1):
-        there = [i for i, (p, t) in enumerate(zip(longest, starts)) if t + k <= len(p["actions"])]
-        a, b, c = (x[there].astype(np.float32) / 255 for x in (truth[:, L - 1 + k], dream[:, k - 1], truth[:, L - 1]))
-        errors[k] = float(((b - a) ** 2).mean()), float(((c - a) ** 2).mean())
-    out = {
-        "open_loop_mse": np.mean([e for e, _ in errors.values()]),
-        "copy_last_mse": np.mean([e for _, e in errors.values()]),
-    }
-    for k in HORIZONS:
-        if k in errors:
-            out[f"open_loop_mse_{k}"], out[f"copy_last_mse_{k}"] = errors[k]
-    return {k: float(v) for k, v in out.items()}, {key: truth}, {key: shown}
-
-
-def draw(obs, size=96):  # shared
-    """One observation {key: array} as an RGB picture: its first image, or else bars for its numbers."""
-    for value in obs.values():
-        if np.ndim(value) == 3:
-            image = np.broadcast_to(value, (*value.shape[:2], 3))
-            return np.ascontiguousarray(image.repeat(z := max(1, size // len(image)), 0).repeat(z, 1))
-    numbers = np.concatenate([np.atleast_1d(v).astype(np.float32).ravel() for v in obs.values()])[: size // 3]
-    image, width = np.full((size, size, 3), 24, np.uint8), size // len(numbers)
-    for i, height in enumerate(size // 2 - (np.tanh(numbers) * (size // 2 - 4)).astype(int)):
-        top, bottom = sorted((int(height), size // 2))
-        image[top : bottom + 2, i * width + 1 : (i + 1) * width - 1] = (90, 170, 250)
-    return image
-
-
-def dream_frames(truth, shown, context):  # shared
-    """Frames of the open-loop video: truth, model, difference below each other, clips side by side. The border is green
-    while the model sees the truth and red while it dreams."""
-    (clips, length), frames = next(iter(shown.values())).shape[:2], []
-    for t in range(length):
-        columns, color = [], (0, 180, 0) if t < context else (220, 0, 0)
-        for n in range(min(4, clips)):
-            a, b = (draw({k: v[n, t] for k, v in x.items()}) for x in (truth, shown))
-            rows = [(a, (0, 0, 0)), (b, color), (((b.astype(int) - a) // 2 + 128).astype(np.uint8), (0, 0, 0))]
-            for i, (image, border) in enumerate(rows):
-                rows[i] = np.full((len(image) + 6, image.shape[1] + 6, 3), border, np.uint8)
-                rows[i][3:-3, 3:-3] = image
-            columns.append(np.concatenate(rows))
-        frames.append(np.concatenate(columns, 1))
-    return frames
-
-
-def load_agent(path, device="cpu"):
-    """Model and checkpoint of a run directory, to act or to dream: model, state."""
-    state = load_checkpoint(path, "diamond")
-    image = image_of(space_from(state["spaces"]["observation"])).shape
-    model = Diamond(image, int(space_from(state["spaces"]["action"]).n), state["config"])
-    model.load_state_dict(state["learner"]["model"])
-    return model.to(device, memory_format=torch.channels_last).eval(), state
-
-
-def space_to(space):  # shared
-    """A space of Adapter in plain types."""
-    if isinstance(space, gym.spaces.Dict):
-        return {k: space_to(s) for k, s in space.items()}
-    if isinstance(space, gym.spaces.Discrete):
-        return int(space.n)
-    return [list(space.shape), str(space.dtype), float(space.high.flat[0])]
-
-
-def space_from(plain):  # shared
-    if isinstance(plain, dict):
-        return gym.spaces.Dict({k: space_from(v) for k, v in plain.items()})
-    if isinstance(plain, int):
-        return gym.spaces.Discrete(plain)
-    shape, dtype, high = plain
-    return gym.spaces.Box(0 if dtype == "uint8" else -high, high, tuple(shape), np.dtype(dtype).type)
-
-
-class DreamEnv(gym.Env):
-    """The learned world as an environment. `path`: run directory. Rewards are signs, sampled like the ends.
-
-    reset(options={"observations": (T, h, w, C), "actions": (T,)}) starts from real context, the last L frames of it
-    (action t follows observation t; the last one is not used); without options from context kept in the checkpoint."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
-
-    def __init__(self, path, render_mode="rgb_array", max_steps=1000, device="cpu"):
-        self.model, state = load_agent(path, device)
-        self.device, self.render_mode, self.max_steps = torch.device(device), render_mode, max_steps
-        self.space, self.context = space_from(state["spaces"]["observation"]), state["context"]
-        self.key, args = next(iter(self.space)), state["args"]
-        self.single = list(self.space) == ["observation"]
-        self.observation_space = self.space["observation"] if self.single else self.space
-        self.action_space, self.noise = space_from(state["spaces"]["action"]), torch.Generator(device)
-        self.sampler = sampler_settings(Args(**{f.name: args[f.name] for f in fields(Args) if f.name in args}))
-
-    @torch.no_grad()
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.noise.manual_seed(int(self.np_random.integers(2**31)))
-        L, shape = self.model.frames, self.space[self.key].shape
-        if options and "observations" in options:
-            obs = options["observations"]
-            frames = np.asarray(obs[self.key] if isinstance(obs, dict) else obs, np.uint8)
-            actions = np.asarray(options.get("actions", ()), np.int64)
-            T = len(actions)
-            if not T or frames.shape != (T, *shape):
-                found = f"got {frames.shape} and {T} actions"
-                raise ValueError(f"observations and actions must both have T > 0 entries of {shape}, {found}")
-            episode = dict(frames=frames, actions=actions[:-1])
-            batch = context_rows([episode], [(0, T - 1)], L, self.device)
-        else:
-            if self.context is None:
-                raise ValueError("this checkpoint was saved before any frame was stored: pass options")
-            i = int(self.np_random.integers(len(self.context["actions"])))
-            batch = {k: v[i : i + 1].to(self.device) for k, v in self.context.items()}
-        start, _ = burn_in_starts(self.model, batch)
-        self.frames, self.actions, self.steps = start["frames"], start["actions"], 0
-        self.wm = start["wm_h"].unsqueeze(0), start["wm_c"].unsqueeze(0)
-        return self.observe(), {}
-
-    @torch.no_grad()
-    def step(self, action):
-        taken = torch.as_tensor([[int(action)]], device=self.device)
-        actions = torch.cat([self.actions[:, :-1], taken], 1)
-        frame = imagine_frame(self.model.denoiser, self.frames, actions, self.sampler, self.noise).unsqueeze(1)
-        rewards, ends, self.wm = self.model.rew_end_model(self.frames[:, -1:], taken, frame, self.wm)
-        reward = float(draw_class(rewards[:, 0], self.noise)) - 1
-        end = bool(draw_class(ends[:, 0], self.noise))
-        self.frames = torch.cat([self.frames[:, 1:], frame], 1)
-        self.actions, self.steps = torch.cat([actions[:, 1:], actions[:, :1]], 1), self.steps + 1
-        alive = float(torch.softmax(ends[0, 0], -1)[0])
-        return self.observe(), reward, end, self.steps >= self.max_steps, {"continue": alive}
-
-    def observe(self):
-        self.obs = float_to_frames(self.frames[0, -1]).permute(1, 2, 0).cpu().numpy()
-        return self.obs if self.single else {self.key: self.obs}
-
-    def render(self):
-        return draw({self.key: self.obs}, 256)
-
-
-# [optional: play
-class Autopilot(gym.Wrapper):
-    """One action more, which hands over to the policy or back to the human."""
-
-    def __init__(self, env, policy):
-        super().__init__(env)
-        self.policy, self.on, self.state, self.first = policy, False, None, True
-
-    def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        self.obs, self.first = obs, True
-        return obs, info
-
-    def step(self, action):
-        if action == self.env.action_space.n:
-            self.on, action = not self.on, 0
-        obs = {"observation": np.asarray(image_of(self.obs) if isinstance(self.obs, dict) else self.obs)[None]}
-        chosen, self.state = self.policy(obs, np.array([self.first]), self.state)  # looks on while the human plays
-        self.obs, *rest = self.env.step(int(chosen[0]) if self.on else action)
-        self.first = False
-        return self.obs, *rest
-
-
-def side_by_side(args, env, episodes=4, most=200):
-    """Frames of real episodes of the policy (right) beside a dream of them (left) that sees only their first L frames
-    and then the same actions."""
-    args = replace(args, num_envs=1)
-    policy, pictures = agent_policy(env.model, "cpu"), []
-    for p in play_tests(full_game(args), policy, episodes, key=4, keep=most)[1]:
-        begin = min(env.model.frames, len(p["actions"])) - 1
-        rows = slice(begin + 1)
-        dream, _ = env.reset(seed=args.seed, options=dict(observations=p["frames"][rows], actions=p["actions"][rows]))
-        for t in range(len(p["frames"])):
-            if t > begin:
-                dream = env.step(p["actions"][t - 1])[0]
-            shown = p["frames"][t] if t < begin else image_of(dream) if isinstance(dream, dict) else dream
-            columns = []
-            for image, color in ((shown, (0, 180, 0) if t <= begin else (220, 0, 0)), (p["frames"][t], (0, 0, 0))):
-                image = draw({env.key: image}, 192)
-                column = np.full((len(image) + 8, image.shape[1] + 8, 3), color, np.uint8)
-                column[4:-4, 4:-4] = image
-                columns.append(column)
-            pictures.append(np.concatenate(columns, 1))
-    return pictures
-
-
-def play(args):
-    """Play inside the dream: digits and letters choose actions, m hands over to the policy and back. Also writes the
-    dream beside the real game, for the same actions, as a GIF."""
-    check_ranges(args, RANGES)
-    env = DreamEnv(args.play)
-    if env.context is None:
-        fail(f"{args.play} has no frame to start a dream from: go on with --resume first")
-    path, policy = os.path.join(args.play, "eval-dream.gif"), agent_policy(env.model, "cpu")
-    torch.manual_seed(args.seed)
-    if args.dataset:  # there is no real game beside it
-        obs, _ = env.reset(seed=args.seed)
-        frames, piloted = [env.render()], Autopilot(env, policy)
-        piloted.obs, piloted.on = obs, True
-        for _ in range(100):
-            piloted.step(0)
-            frames.append(env.render())
-        save_gif(frames, path)
-    else:
-        save_gif(side_by_side(args, env), path)
-    headless = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    if headless or os.environ.get("SDL_VIDEODRIVER") == "dummy":
-        what = "the policy's dream" if args.dataset else "the dream (left) beside the game (right)"
-        return say(f"no display to play on: wrote {what} to {path}")
-    from gymnasium.utils.play import play as play_env
-
-    keys, n = "1234567890abcdefghijklnopqrstuvwxyz", int(env.action_space.n)
-    mapping = {keys[i]: i for i in range(min(n, len(keys)))}
-    say(f"keys: {', '.join(f'{k} = {v}' for k, v in mapping.items())}, m = policy or human; Escape ends; see {path}")
-    play_env(Autopilot(env, policy), keys_to_action=mapping | {"m": n}, noop=0, zoom=2, fps=10)
-
-
-# play]
+        kwargs = dict(max_episode_steps=args.max_episode_steps or 2500) | kwargs  # it has no limit of its own
+    creator = gym.spec(name).entry_point
+    creator = gym.envs.registration.load_env_creator(creator) if isinstance(creator, str) else creator
+    if "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ()):
+        kwargs = dict(render_mode="rgb_array") | kwargs
+    env = gym.make(name, disable_env_checker=True, **kwargs)
+    env = gym.wrappers.TransformReward(env, lambda r: float(np.asarray(r).item()))  # some send arrays of one number
+    if family == "ALE":
+        env = AtariByLife(env, args)
+    elif (args.action_repeat or 1) > 1:
+        env = gym.wrappers.RepeatAction(env, args.action_repeat)
+    env = MinAtar(env, args.image_size if args.pixels else 160) if family == "MinAtar" else env
+    env = gym.wrappers.AddRenderObservation(env) if args.pixels and family != "ALE" else env
+    space, a = env.observation_space, env.action_space
+    shape = (*space.shape, 1) if len(space.shape or ()) == 2 else space.shape
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(shape) != 3:
+        raise ValueError(f"observations must be one uint8 image (or --pixels), found {space}")
+    if not isinstance(a, spaces.Discrete):
+        raise ValueError(f"actions must be Discrete, found {a}; dreamerv3.py takes a Box")
+    axis = 0 if shape[0] < min(shape[1:]) else 2  # of the channels: frame stacks have them in front
+    box = spaces.Box(0, 255, (args.image_size, args.image_size, shape[axis]), np.uint8)
+    see = lambda x: resize(np.moveaxis(np.reshape(x, shape), axis, 2), args.image_size)  # noqa: E731
+    env = gym.wrappers.TransformObservation(env, see, box)
+    env = gym.wrappers.TransformAction(env, lambda x: int(x) + int(a.start), spaces.Discrete(a.n))
+    env = gym.wrappers.TimeLimit(env, args.max_episode_steps) if args.max_episode_steps else env
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+    env.reset(seed=int(seed))
+    return env
 
 
 # ---- Own data --------------------------------------------------------------------------------------------------------
 
 
-def record_dataset(args, model=None, device="cpu"):
-    """--record PATH: play --total-timesteps steps, at random or with an agent, and write them as a data set."""
-    if not args.record.endswith(".npz"):
-        fail(f"--record must end in .npz, got {args.record}")
-    folder = os.path.dirname(os.path.abspath(args.record))
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        fail(f"--record {args.record}: cannot write to {folder}")
-    _, action_space = probe_env(args)
-    envs, N, state = make_envs(args, args.num_envs, 5), args.num_envs, None
-    policy = agent_policy(model, device) if model else random_policy(action_space, args.seed)
-    rows, first, returns = [[] for _ in range(N)], np.ones(N, bool), []
-    try:
-        obs, _ = envs.reset()
-        for step in range(-(-args.total_timesteps // N)):
-            actions, state = policy(obs, first, state)
-            before = image_of(obs).copy()
-            obs, reward, terminated, truncated, infos = envs.step(actions)
-            first = terminated | truncated
-            over = first | (step == -(-args.total_timesteps // N) - 1)
-            for i in range(N):
-                rows[i].append((before[i], actions[i], reward[i], terminated[i], False))
-                if over[i]:
-                    last = image_of(infos["final_obs"][i]) if first[i] else image_of(obs)[i]
-                    rows[i].append((last, 0, 0.0, False, True))
-            if first.any():
-                returns += [float(infos["final_info"]["episode"]["r"][i]) for i in np.flatnonzero(first)]
-    finally:
-        envs.close()
-    kinds = dict(frames=np.uint8, actions=np.int64, rewards=np.float32, ends=bool, lasts=bool)
-    columns = zip(kinds.items(), zip(*[row for r in rows for row in r]))
-    data = {name: np.stack(column).astype(kind) for (name, kind), column in columns}
-    temp = args.record.removesuffix(".npz") + ".tmp.npz"
-    try:
-        np.savez_compressed(temp, **data)
-        os.replace(temp, args.record)
-    except OSError as e:
-        if os.path.exists(temp):
-            os.remove(temp)
-        raise SystemExit(f"could not write {args.record} ({type(e).__name__}: {e})") from None
-    steps, episodes = int((~data["lasts"]).sum()), int(data["lasts"].sum())
-    mean = f", mean return {np.mean(returns):.1f}" if returns else ""
-    say(f"wrote {steps} steps in {episodes} episodes{mean} to {args.record}")
-    return dict(steps=steps, episodes=episodes)
-
-
 def load_dataset(path):
-    """A data set (see `Args.dataset`) as episodes [{frames (T+1, h, w, C), actions (T,), rewards (T,), end}], whether
-    it has rewards and ends, and the number of actions."""
-    flag = f"--dataset {path}"
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            data = {k: f[k] for k in f.files}
-    except Exception as e:  # not there, not an archive, objects inside
-        fail(f"{flag} is no readable .npz file of plain arrays ({type(e).__name__})")
+    """An .npz with frames (n, h, w, C) uint8, actions (n,) and, if it has them, rewards and ends (n,) of each action
+    and lasts (n,), true for the last frame of an episode, whose action, reward and end are ignored. -> episodes
+    [{frames (T+1, h, w, C), actions (T,), rewards (T,), end}], whether it has rewards and ends, the number of actions.
+    ValueError with what was wanted and what was found."""
+    with np.load(path, allow_pickle=False) as f:
+        data = {k: f[k] for k in f.files}
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in data.items()) or "nothing"
-    frames, actions = data.get("frames"), data.get("actions")
-    if frames is None or actions is None:
-        fail(f"{flag} needs frames and actions, found {found}")
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (1, 3):
-        fail(f"{flag}: frames must be uint8 (n, height, width, 1 or 3), found {found}")
-    if any(v.shape != frames.shape[:1] for k, v in data.items() if k != "frames") or len(frames) < 2:
-        fail(f"{flag}: every array must have the length of frames, at least 2; found {found}")
-    if actions.dtype.kind not in "iu" or actions.min() < 0:
-        fail(f"{flag}: actions must be integers from 0, found {found}, least {actions.min()}")
-    if ("rewards" in data) != ("ends" in data):
-        fail(f"{flag}: rewards and ends belong together, found {found}")
-    if "ends" in data and "lasts" not in data and data["ends"].any():
-        fail(f"{flag}: ends without lasts: the frame after an end is needed too; found {found}")
-    lasts = data.get("lasts", np.zeros(len(frames), bool)).astype(bool)
-    lasts[-1], begin, episodes = True, 0, []
-    rewards, ends = (data.get(k, np.zeros(len(frames))) for k in ("rewards", "ends"))
+    frames, actions, n = data.get("frames"), data.get("actions"), len(data.get("frames", ()))
+    for good, wanted in (
+        (frames is not None and actions is not None, "it needs frames and actions"),
+        (
+            n and frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] in (1, 3),
+            "frames must be uint8 images",
+        ),
+        (n > 1 and all(v.shape == (n,) for k, v in data.items() if k != "frames"), "arrays must have equal lengths"),
+        (n and actions.dtype.kind in "iu" and actions.min() >= 0, "actions must be integers from 0"),
+        (("rewards" in data) == ("ends" in data), "rewards and ends belong together"),
+        ("lasts" in data or "ends" not in data or not data["ends"].any(), "ends need lasts: the frame after an end"),
+    ):
+        if not good:
+            raise ValueError(f"{wanted}, found {found}")
+    lasts, begin, episodes = data.get("lasts", np.zeros(n, bool)).astype(bool), 0, []
+    lasts[-1] = True
+    rewards, ends = (data.get(k, np.zeros(n)) for k in ("rewards", "ends"))
     for last in np.flatnonzero(lasts):
-        rows = slice(begin, last)
         if ends[begin : max(begin, last - 1)].any():
-            fail(f"{flag}: an end before the last action of an episode, around row {begin}")
+            raise ValueError(f"an end before the last action of an episode, around row {begin}")
         if last > begin:
-            parts = dict(frames=frames[begin : last + 1], actions=actions[rows].astype(np.int64), rewards=rewards[rows])
-            episodes.append(parts | {"end": bool(ends[last - 1])})
+            parts = dict(frames=frames[begin : last + 1], actions=actions[begin:last].astype(np.int64))
+            episodes.append(parts | dict(rewards=rewards[begin:last], end=bool(ends[last - 1])))
         begin = last + 1
     return episodes, "rewards" in data, int(actions.max()) + 1
 
@@ -2008,6 +1271,24 @@ def split_dataset(episodes, share=0.1):
     return [head], [tail] if len(tail["actions"]) else [e]
 
 
+@torch.no_grad()
+def one_step_errors(model, replay, args, n=256):
+    """One imagined frame after real context, on episodes that the model did not train on: squared error (pixels in
+    0..1) beside those of repeating the frame and of a wrong action."""
+    device, L, errors = next(model.parameters()).device, args.frame_stack, []
+    batch = {k: v.to(device) for k, v in replay.segments(n, L + 1, np.random.default_rng(0), final=True).items()}
+    frames, actions = segment_frames(batch), batch["actions"][:, :-1]
+    wrong = torch.cat([actions[:, :-1], actions[torch.randperm(n), -1:]], 1)
+    for a in (actions, wrong):
+        drawn = [
+            imagine_frame(model.denoiser, *x, sampler_settings(args))
+            for x in zip(frames[:, :-1].split(64), a.split(64))
+        ]
+        errors.append(float(((torch.cat(drawn) - frames[:, -1]) / 2).square().mean()))
+    copy = float(((frames[:, -2] - frames[:, -1]) / 2).square().mean())
+    return dict(one_step_mse=errors[0], copy_previous_mse=copy, wrong_action_mse=errors[1])
+
+
 # ---- Plumbing (shared by all scripts) --------------------------------------------------------------------------------
 
 
@@ -2017,928 +1298,493 @@ def fail(message):  # shared
     raise SystemExit(2)
 
 
-def say(text):  # shared
-    """Print a line; if the reader of a pipe is gone, stop cleanly."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def parse_args(cls, presets, description):  # shared
-    """Command line -> cls. Defaults: --preset, or the run given to --resume, --evaluate or --play. Flags win."""
+    """Command line -> cls. Defaults: --preset, or the run given to --resume, of which little may change. Flags win."""
     words = [w for a in sys.argv[1:] for w in a.split("=", 1)]
     given = {w.replace("_", "-"): v for w, v in zip(words, words[1:]) if w.startswith("--")}
-    run = next((given[f] for f in ("--resume", "--evaluate", "--play") if f in given), None)
-    defaults = {"preset": given["--preset"], **presets[given["--preset"]]} if given.get("--preset") in presets else {}
-    known, names = {f.name for f in fields(cls)}, ("env_kwargs", "action_repeat", "episode_steps", "demonstrator")
-    own = defaults.get("env_id", getattr(cls, "env_id", "")).split("/")[0]
-    if given.get("--env-id", own).split("/")[0] != own:  # what a preset says about an environment is for its family
-        defaults = {k: v for k, v in defaults.items() if not k.endswith(names)}
-    defaults = load_args(run) | dict.fromkeys(("resume", "evaluate", "play")) if run is not None else defaults
-    if hasattr(signal, "SIGPIPE"):  # `--help | head` ends quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    args = tyro.cli(cls, description=description, default=cls(**{k: v for k, v in defaults.items() if k in known}))
-    if hasattr(signal, "SIGPIPE"):  # but a training run must not die with its reader: see `say`
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    defaults, run = presets.get(given.get("--preset"), {}), given.get("--resume")
+    own = defaults.get("env_id", getattr(cls, "env_id", ""))
+    if given.get("--env-id", own).split("/")[0] != own.split("/")[0]:  # what a preset says belongs to its environments
+        defaults = {k: v for k, v in defaults.items() if k not in ("env_kwargs", "action_repeat", "max_episode_steps")}
+    if run is not None:
+        try:
+            info = json.loads(Path(run, "args.json").read_text(encoding="utf-8"))
+            if info["script"] != Path(sys.modules[cls.__module__].__file__).stem:
+                raise ValueError(f"it was made by {info['script']}.py")
+            defaults = info["args"]
+        except (OSError, ValueError, KeyError) as e:
+            fail(f"--resume {run}: {e}")
+    args = tyro.cli(cls, description=description, default=cls(**defaults))
+    free = "resume exp_name cuda compile num_threads num_workers track target_return total_timesteps eval_episodes "
+    free += "log_every save_every dataset"  # changing anything else would make it another run
+    for name in defaults if run is not None else ():
+        if (value := getattr(args, name)) != defaults[name] and name not in free.split():
+            fail(f"--{name.replace('_', '-')} is {defaults[name]} in {run} and cannot change, got {value}")
     return args
 
 
-def load_args(run):  # shared
-    """The flags a run was started with, from its args.json."""
-    path = os.path.join(run, "args.json")
-    if not any(os.path.isfile(os.path.join(run, name)) for name in ("ckpt.pt", "ckpt.prev.pt")):
-        fail(f"no checkpoint in {run}")
+def start_run(args, subject, device, step=None):  # shared
+    """Run directory (runs/{subject}__{exp_name}__{seed}__{time}, or the resumed one) with args.json (flags, command,
+    commit, versions, hardware) and the script, and its SummaryWriter. step: where a resumed run goes on."""
+    script = Path(sys.modules[type(args).__module__].__file__).resolve()
+    name = f"{subject}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run = args.resume or os.path.join("runs", name)
+    git = f"git -C {shlex.quote(str(script.parent))} describe --always --dirty 2>/dev/null"
+    cpu = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1]
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
+    info = dict(script=script.stem, command=sys.argv, args=asdict(args) | {"resume": None}, hardware=hardware)
+    info |= dict(commit=subprocess.getoutput(git) or "unknown", versions={"torch": torch.__version__})
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)["args"]
-    except (OSError, ValueError, KeyError) as e:
-        fail(f"cannot read {path} ({type(e).__name__})")
+        os.makedirs(run, exist_ok=bool(args.resume))
+        shutil.copy(script, run)
+        Path(run, "args.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+    except OSError as e:
+        fail(f"cannot write {run}: {e}")
+    if args.track:
+        import wandb
 
-
-def check_ranges(args, ranges):  # shared
-    for name, (low, high) in ranges.items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if value is not None and not low <= value <= high:  # NaN fails too
-            fail(f"{flag} must be {f'at least {low}' if high == math.inf else f'{low} to {high}'}, got {value}")
-        if value is not None and not math.isfinite(value):
-            fail(f"{flag} must be finite, got {value}")
-
-
-def choose_device(args):  # shared
-    """The GPU if there is one and --cuda is on; says which and why."""
-    if args.cuda and torch.cuda.is_available():
-        say(f"device: cuda ({torch.cuda.get_device_name()})")
-        return torch.device("cuda")
-    say(f"device: cpu ({'no CUDA device' if args.cuda else '--no-cuda'})")
-    return torch.device("cpu")
-
-
-def free_memory(device):  # shared
-    """Bytes that can still be allocated, or infinity where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except OSError:
-        return math.inf
-
-
-def peak_memory(device):  # shared
-    """Most memory used so far in GB, of the GPU's allocator or of this process; None where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def passed(every, step, stride):  # shared
-    """Whether the last `stride` steps went past a multiple of `every` (0: never)."""
-    return bool(every) and step // every > (step - stride) // every
-
-
-def finish(args, score, random_score, extra=""):  # shared
-    """The last line of a run; exit code 1 if a target was set and missed."""
-    line, target = f"episodic_return {score:.1f}{extra} (random {random_score:.1f}", args.target_return
-    if target is None:
-        return say(line + ")")
-    say(f"{line}, target {target:g}): {'reached' if score >= target else 'missed'}")
-    if not score >= target:
-        raise SystemExit(1)
+        wandb.init(project=args.track, id=Path(run).name, resume="allow", config=vars(args), sync_tensorboard=True)
+    return run, SummaryWriter(run, purge_step=step)
 
 
 def seed_everything(args, device):  # shared
-    """Seeds, determinism and the allocator of this process."""
-    random.seed(args.seed)
-    np.random.seed(args.seed)
+    """Seeds, determinism, threads and the allocator of this process."""
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    torch.backends.cudnn.deterministic = args.torch_deterministic
     if device.type == "cpu":  # repeated indices in an assignment: the last one wins, also with several threads
         torch.use_deterministic_algorithms(args.torch_deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        # glibc hands every large tensor back to the system when it is freed and faults its pages in again when the
-        # next one is made: a third of the CPU time of image models. Keep freed memory instead (M_MMAP_MAX 0,
-        # M_TRIM_THRESHOLD 2 GB).
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-        if mallopt:
-            mallopt(-4, 0)
-            mallopt(-1, 2**31 - 1)
-    if getattr(args, "num_threads", None):
-        torch.set_num_threads(args.num_threads)
+    # NOTE: glibc hands every large tensor back to the system when it is freed and faults its pages in again when the
+    # next one is made: a third of the CPU time of image models. Keep it (M_MMAP_MAX 0, M_TRIM_THRESHOLD 2 GB).
+    for option, value in ((-4, 0), (-1, 2**31 - 1)) if sys.platform == "linux" and device.type == "cpu" else ():
+        ctypes.CDLL(None).mallopt(option, value)
 
 
-def rng_state():  # shared
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    host = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    return host | {"torch": torch.get_rng_state(), "cuda": cuda}
+def save_checkpoint(state, run):  # shared
+    """RUN/ckpt.pt is the new state or the old one, never half of either; the old one stays as ckpt.prev.pt."""
+    path, cuda = os.path.join(run, "ckpt.pt"), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    torch.save(state | {"rng": [torch.get_rng_state(), *cuda]}, path + ".tmp")
+    if os.path.exists(path):
+        os.replace(path, os.path.join(run, "ckpt.prev.pt"))
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(run):  # shared
+    """The newest checkpoint of a run; tensors and plain types only, so that a stranger's file runs no code."""
+    path = os.path.join(run, "ckpt.pt")
+    path = path if os.path.exists(path) else os.path.join(run, "ckpt.prev.pt")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as e:
+        fail(f"cannot read {path} ({type(e).__name__}: {str(e).split('.')[0]})")
 
 
 def set_rng_state(state):  # shared
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    """Go on with the random numbers of a checkpoint."""
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1 : 1 + torch.cuda.device_count()])
 
 
-def atomic_save(state, path):  # shared
-    """Write a checkpoint; `path` is the new state or the old one, never half of either. Keeps the old as .prev.pt."""
-    temp = path + ".tmp"
-    try:
-        with open(temp, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if os.path.exists(path):
-            os.replace(path, path.replace(".pt", ".prev.pt"))
-        os.replace(temp, path)
-    except (OSError, RuntimeError) as e:  # disk full, quota, file size limit
-        if os.path.exists(temp):
-            os.remove(temp)
-        reason = f"({type(e).__name__}: {e})"
-        raise SystemExit(f"could not write {path} {reason}; the previous checkpoint is untouched") from None
+def stop_signals():  # shared
+    """A list that gets the number of the first SIGTERM or Ctrl-C; a second one kills at once."""
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    return stop
 
 
-def write_json(data, path):  # shared
-    """Write a JSON file; `path` is the new text or the old one."""
-    try:
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(data, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as e:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise SystemExit(f"could not write {path} ({type(e).__name__}: {e})") from None
+def leave(run, stop):  # shared
+    """Exit as the signal asks for, if there was one. To be called after a checkpoint."""
+    if stop:
+        again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(run)}"
+        print(f"stopped by signal {stop[0]}; to go on: {again}", flush=True)
+        raise SystemExit(128 + stop[0])
 
 
-def load_checkpoint(run, script, repair=False):  # shared
-    """The newest readable checkpoint of a run directory, plain types only; exit code 2 if there is none. `repair`:
-    move a damaged ckpt.pt away, else the next save would put it in the place of the good older one."""
-    problem = None
-    for name in ("ckpt.pt", "ckpt.prev.pt"):
-        path = os.path.join(run, name)
-        if not os.path.isfile(path):
-            continue
-        try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # reads what is used, later
-            if not isinstance(state, dict) or state.get("script") != script:
-                fail(f"{path} is not a checkpoint of {script}.py")
-            if problem:
-                say(f"warning: {problem}; going on from {path}")
-                if repair:
-                    os.replace(path.replace(".prev.pt", ".pt"), path.replace(".prev.pt", ".damaged.pt"))
-            return state
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-            problem = f"{path} is damaged ({type(e).__name__})"
-        except Exception as e:  # UnpicklingError: something else than tensors and plain types
-            plain = "Weights only" not in str(e)
-            problem = f"{path} is damaged ({type(e).__name__})" if plain else f"{path} is not a plain checkpoint"
-    fail(problem or f"no checkpoint in {run}")
+# ---- Agent: what the tools in benchmarks/ use ------------------------------------------------------------------------
 
 
-def new_run_dir(args):  # shared
-    """Create runs/{env_id}__{exp_name}__{seed}__{time}, with a suffix if that exists already."""
-    task = getattr(args, "env_id", None) or getattr(args, "dataset", "data")
-    task = re.sub(r"[^A-Za-z0-9._-]", "-", task)
-    base = os.path.join("runs", f"{task}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    for suffix in ["", *(f"-{i}" for i in range(1, 100))]:
-        try:
-            os.makedirs(base + suffix)
-            os.mkdir(os.path.join(base + suffix, "videos"))
-            break
-        except FileExistsError as e:
-            if not os.path.isdir(base + suffix):
-                fail(f"cannot write runs: {e}")
-        except OSError as e:
-            fail(f"cannot write runs: {e}")
-    return base + suffix
+class Agent:
+    """A model behind the interface that all scripts share. Observations and actions are numpy, batch first, with the
+    types of `make_env`'s spaces; states are tuples of tensors, batch first."""
+
+    def __init__(self, model, args, device="cpu"):
+        self.model, self.args, self.device = model, args, device
+
+    def seed(self, seed):
+        """Its noise comes from torch's generator."""
+        torch.manual_seed(int(seed))
+
+    def tensor(self, x):
+        return torch.as_tensor(np.asarray(x), device=self.device)
+
+    @torch.no_grad()
+    def act(self, obs, state, first, greedy=False, temperature=1.0):
+        """obs (N, ...), state None at the start, first (N,): an episode begins -> actions (N,), state of the LSTM."""
+        policy, first = self.model.actor_critic, self.tensor(first)
+        # NOTE: in real environments the LSTM starts from zero, without burn-in.
+        state = torch.zeros(2, len(first), policy.units, device=self.device) if state is None else state
+        h, c = (x * ~first[:, None] for x in state)
+        logits, _, h, c = policy(frames_to_float(self.tensor(obs)).permute(0, 3, 1, 2), h, c)
+        actions = logits.argmax(-1) if greedy else draw_class(logits / temperature)
+        return actions.cpu().numpy(), (h, c)
+
+    @torch.no_grad()
+    def observe(self, obs, actions):
+        """obs (N, T, ...), actions (N, T-1) -> the last L frames (N, L, C, h, w) and actions (N, L), the state of the
+        reward/end model after them; and the frames as they are: nothing is compressed."""
+        L, (N, T) = self.model.frames, np.shape(obs)[:2]
+        missing = max(0, L - T)
+        frames = F.pad(self.tensor(obs)[:, -L:], (0, 0) * 3 + (missing, 0))
+        actions = F.pad(self.tensor(actions).long(), (max(0, L - T), 1))[:, -L:]
+        mask = (torch.arange(L, device=self.device) >= missing).expand(N, L)
+        start, _ = burn_in_starts(self.model, dict(frames=frames, actions=actions, mask=mask))
+        return tuple(start[k] for k in ("frames", "actions", "wm_h", "wm_c")), np.array(obs)
+
+    @torch.no_grad()
+    def imagine(self, state, actions):
+        """One imagined transition of N dreams -> state, reward (N,): its sign, alive (N,): chance that it goes on,
+        frames."""
+        frames, past, *wm = state
+        action = self.tensor(actions).long()[:, None]
+        past = torch.cat([past[:, :-1], action], 1)
+        frame = imagine_frame(self.model.denoiser, frames, past, sampler_settings(self.args)).unsqueeze(1)
+        rewards, ends, wm = self.model.rew_end_model(frames[:, -1:], action, frame, tuple(x[None] for x in wm))
+        state = torch.cat([frames[:, 1:], frame], 1), torch.cat([past[:, 1:], past[:, :1]], 1), *(x[0] for x in wm)
+        reward, alive = draw_class(rewards[:, 0]) - 1.0, torch.softmax(ends[:, 0], -1)[:, 0]
+        seen = float_to_frames(frame[:, 0]).permute(0, 2, 3, 1).cpu().numpy()
+        return state, reward.cpu().numpy(), alive.cpu().numpy(), seen
 
 
-def write_run_info(run, args, script, device):  # shared
-    """args.json (flags, command, commit, versions, hardware) and a copy of the script: enough to repeat the run."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(script)), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    except (OSError, subprocess.TimeoutExpired):
-        commit, cpu = "", platform.machine()
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
-    info = dict(script=os.path.basename(script)[:-3], command=sys.argv, commit=commit or "unknown", hardware=hardware)
-    info["versions"] = {m.__name__: m.__version__ for m in (torch, gym, np)} | {"python": platform.python_version()}
-    write_json(info | {"args": asdict(args) | {"resume": None}}, os.path.join(run, "args.json"))
-    copy = os.path.join(run, os.path.basename(script))
-    if not os.path.exists(copy):
-        try:
-            shutil.copy(script, copy)
-        except OSError as e:
-            raise SystemExit(f"could not write {copy} ({type(e).__name__}: {e})") from None
-
-
-def lock_run(run):  # shared
-    """Hold the run directory as long as this process lives; exit code 2 if another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    try:
-        handle = open(os.path.join(run, "lock"), "a+")
-    except OSError as e:
-        fail(f"cannot write {run}: {e}")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.seek(0)
-        fail(f"{run} is being written by process {handle.read().strip()}")
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
-
-
-def save_gif(frames, path, fps=10):  # shared
-    """Frames [(H, W, 3) uint8, ...] -> GIF file."""
-    pictures = [Image.fromarray(f).quantize(128, dither=Image.Dither.NONE) for f in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
-
-
-class StopSignal:  # shared
-    """Remembers the first stop signal so that the main loop can save and leave; a second one kills at once."""
-
-    def __init__(self):
-        self.signum = 0
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup stays nohup
-                signal.signal(number, self)
-
-    def __call__(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
-
-
-class SeededReset(gym.Wrapper):  # shared
-    """Episode k starts from a seed made of (key, k): the same in every run, also after --resume."""
-
-    def __init__(self, env, key):
-        super().__init__(env)
-        self.key, self.episode = key, 0
-
-    def reset(self, *, seed=None, options=None):
-        seed = int(np.random.SeedSequence((*self.key, self.episode)).generate_state(1)[0])
-        self.episode += 1
-        return self.env.reset(seed=seed, options=options)
-
-
-class EnvFault(Exception):  # shared
-    """An environment raised an exception or returned bad numbers."""
-
-
-class CheckedEnv(gym.Wrapper):  # shared
-    """Says which environment failed, at which of its steps, and what came."""
-
-    def __init__(self, env, index):
-        super().__init__(env)
-        self.index, self.count = index, 0
-
-    def checked(self, function, **inputs):
-        try:
-            obs, *rest = function(**inputs)
-        except Exception as e:
-            raise EnvFault(f"environment {self.index} failed at step {self.count}: {type(e).__name__}: {e}") from e
-        parts = {f"observation {k!r}": v for k, v in obs.items()} if isinstance(obs, dict) else {"observation": obs}
-        for what, value in (parts | ({"reward": rest[0]} if len(rest) > 1 else {})).items():
-            value = np.asarray(value)
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                bad = value[~np.isfinite(value)].flat[0]
-                raise EnvFault(f"environment {self.index} returned {what} {bad} at step {self.count}")
-        return obs, *rest
-
-    def reset(self, *, seed=None, options=None):
-        return self.checked(self.env.reset, seed=seed, options=options)
-
-    def step(self, action):
-        self.count += 1
-        return self.checked(self.env.step, action=action)
-
-
-class Logger:  # shared
-    """TensorBoard, the console and an optional tracker. If the disk is full it warns once and training goes on."""
-
-    def __init__(self, run, args, purge_step=None):
-        from torch.utils.tensorboard import SummaryWriter
-
-        # [optional: track
-        if args.track == "wandb":
-            import wandb
-
-            options = dict(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True)
-            name = os.path.basename(run)
-            wandb.init(**options, config=vars(args), name=name, id=name, resume="allow")
-        self.tracker = None
-        if args.track == "trackio":
-            import trackio
-
-            self.tracker = trackio
-            trackio.init(project=args.wandb_project_name, name=os.path.basename(run), config=vars(args), resume="allow")
-        # track]
-        self.writer = SummaryWriter(run, purge_step=purge_step)
-        # A full disk kills the writer's thread; the next call below reports it, in one line.
-        hook = threading.excepthook
-        threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else hook(e)
-        if purge_step is None:
-            table = "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
-            self.attempt(self.writer.add_text, "hyperparameters", f"|param|value|\n|-|-|\n{table}")
-
-    def attempt(self, function, *args):
-        try:
-            if self.writer:
-                function(*args)
-        except OSError as e:
-            say(f"warning: could not write the logs ({e}); training goes on without them")
-            self.writer = None
-
-    def scalars(self, values, step):
-        for tag, value in values.items():
-            self.attempt(self.writer and self.writer.add_scalar, tag, value, step)
-        # [optional: track
-        if self.tracker:
-            self.tracker.log({k: float(v) for k, v in values.items()}, step=step)
-        # track]
-
-    def video(self, tag, frames, step, path):
-        """A GIF in the run directory and, as an image summary, in TensorBoard (add_video needs a fitting moviepy)."""
-        try:
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            save_gif(frames, path)
-            (height, width, _), gif = frames[0].shape, open(path, "rb").read()
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-            self.attempt(self.writer and self.writer._get_file_writer().add_summary, summary, step)
-        except OSError as e:
-            say(f"warning: could not write {path} ({e})")
-
-    def close(self):
-        self.attempt(self.writer and self.writer.close)
-        # [optional: track
-        if self.tracker:
-            self.tracker.finish()
-        # track]
+def load(run, device="cpu"):
+    """The Agent of a run directory."""
+    state = load_checkpoint(run)
+    args, c = Args(**state["args"]), state["loop"]
+    model = Diamond(c["image"], c["actions"], vars(args)).to(device)
+    model.load_state_dict(state["learner"]["model"])
+    agent = Agent(model.eval(), args, torch.device(device))
+    agent.global_step, agent.random_return = c["global_step"], c["random_return"]
+    return agent
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
-# What --resume may change; everything else would make it another run.
-CHANGEABLE = set(
-    "exp_name preset cuda compile num_threads track wandb_project_name wandb_entity capture_video save_replay resume "
-    "evaluate play target_return total_timesteps eval_episodes log_every replay_cuda init_from record dataset".split()
-)
-# Flags that shape the networks.
-SHAPES = (
-    "frame_stack denoiser_channels denoiser_depths denoiser_cond rew_end_channels rew_end_depths rew_end_cond "
-    "rew_end_lstm sigma_data sigma_offset actor_channels actor_lstm"
-).split()
-
 
 def check_args(args):
-    """Everything that can be said before an environment is built."""
-    check_ranges(args, RANGES)
-    for name in SHAPES:
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if isinstance(value, str) and not re.fullmatch(r"[1-9]\d{0,4}(,[1-9]\d{0,4})*", value):
-            fail(f"{flag} must be numbers of at least 1 with commas between them, got {value!r}")
-    starts = f"--learning-starts {args.learning_starts}"
-    untrained = args.total_timesteps <= args.learning_starts and not (args.model_free or args.dataset or args.record)
-    least = args.num_envs * (max(args.rew_end_length, args.frame_stack + 2) + 1)
-    levels = {k: (getattr(args, f"{k}_channels"), getattr(args, f"{k}_depths")) for k in ("denoiser", "rew_end")}
-    uneven = [k.replace("_", "-") for k, (a, b) in levels.items() if a.count(",") != b.count(",")]
-    widths = [int(n) for name in ("denoiser", "rew_end", "actor") for n in getattr(args, f"{name}_channels").split(",")]
-    odd = [n for n in widths if n > 32 and n % 32 or n % max(1, n // 8)]
-    deepest = args.actor_channels.count(",") + 1
-    for wrong, message in [
-        (untrained, f"--total-timesteps {args.total_timesteps} must be more than {starts}: nothing would be trained"),
-        (args.learning_starts_max < args.learning_starts, f"--learning-starts-max {args.learning_starts_max} is less "
-         f"than {starts}"),
-        (args.buffer_size < least, f"--buffer-size {args.buffer_size} is less than --num-envs x (longest segment + 1) "
-         f"= {least}"),
-        (uneven, f"--{uneven and uneven[0]}-channels and --{uneven and uneven[0]}-depths must have the same length"),
-        (odd, f"widths must be at most 32 or a multiple of 32, and fit heads of 8 channels, got {odd and odd[0]}"),
-        (args.denoiser_cond % 2 or args.denoiser_cond % args.frame_stack, f"--denoiser-cond {args.denoiser_cond} must "
-         f"be even and a multiple of --frame-stack {args.frame_stack}: remainder "
-         f"{args.denoiser_cond % args.frame_stack}"),
-        (args.image_size >> deepest < 1, f"--actor-channels halves images {deepest} times: too often for --image-size "
-         f"{args.image_size}"),
-        (args.sigma_min > args.sigma_max, f"--sigma-min {args.sigma_min} is more than --sigma-max {args.sigma_max}"),
-        (args.rew_end_length < 2, f"--rew-end-length must be at least 2, got {args.rew_end_length}"),
-        (args.model_free and (args.dataset or args.init_from), "--model-free has no world model: it does not go with "
-         "--dataset or --init-from"),
-        (re.search(r"[/\\\0]", args.exp_name), f"--exp-name must not contain a slash, got {args.exp_name!r}"),
-    ]:  # fmt: skip
-        if wrong:
-            fail(message)
-    for name in ("init_from", "dataset"):
-        path = getattr(args, name)
-        if path and not os.path.isfile(path):
-            fail(f"--{name.replace('_', '-')} {path}: no such file")
-    try:
-        assert isinstance(json.loads(args.env_kwargs), dict)
-    except (ValueError, AssertionError):
-        fail(f"--env-kwargs must be a JSON object, got {args.env_kwargs!r}")
-    if args.track:
-        try:
-            __import__(args.track)
-        except ImportError:
-            fail(f"--track {args.track} needs {args.track}: pip install {args.track}")
-
-
-def probe_env(args):
-    """Build the environment once, to find out now whether it can be used: observation space, action space."""
-    family, flag = env_family(args), f"--env-id {args.env_id}"
-    try:
-        env = make_env(args, 0)()
-        env.reset()
-    except ModuleNotFoundError as e:
-        module, package = PACKAGES.get(family, (None, None))
-        known = module and e.name and e.name.split(".")[0] == module
-        fail(f"{args.env_id} needs {package}: pip install {package}" if known else f"{flag}: {e}")
-    except Exception as e:  # whatever it is, the environment cannot be used: gymnasium's own words, in one line
-        cause = e.__cause__ if isinstance(e, EnvFault) and e.__cause__ else e
-        fail(f"{flag}: {' '.join(str(cause).split() or [type(cause).__name__])}")
-    obs_space, action_space = env.observation_space, env.action_space
-    limited = args.max_episode_steps or (env.spec and env.spec.max_episode_steps) or family == "ALE"
-    env.close()
-    if not isinstance(action_space, gym.spaces.Discrete):
-        fail(f"{flag}: DIAMOND needs Discrete actions, found {action_space}")
-    if len(obs_space) != 1 or len(image_of(obs_space).shape) != 3:
-        keys = ", ".join(f"{k!r} {s.dtype} {s.shape}" for k, s in obs_space.items())
-        fail(f"{flag}: DIAMOND needs one image as its observation (--pixels draws one), found {keys}")
-    if not limited:
-        say(f"warning: {args.env_id} has no time limit; evaluation stops after 27000 steps (set --max-episode-steps)")
-    return obs_space, action_space
-
-
-def evaluate_run(args):
-    """--evaluate RUN: returns of fresh episodes of a trained agent. Writes only RUN/eval-*, or with --record a data
-    set."""
-    check_ranges(args, RANGES)
-    state = load_checkpoint(args.evaluate, "diamond")
-    if state["random_return"] is None:
-        reason = "was trained on a data set" if args.dataset else "was stopped before its first episode"
-        fail(f"{args.evaluate} {reason}, there is no agent to evaluate; see --play and --resume")
-    for found, name in zip(probe_env(args), ("observation", "action"), strict=True):
-        if space_to(found) != state["spaces"][name]:
-            trained = space_from(state["spaces"][name])
-            fail(f"--env-id {args.env_id} has the {name} space {found}, {args.evaluate} was trained on {trained}")
-    device = choose_device(args)
-    seed_everything(args, device)
-    model, state = load_agent(args.evaluate, device)
-    if args.record:
-        return record_dataset(args, model, device)
-    video = os.path.join(args.evaluate, "eval-episode.gif") if args.capture_video else None
-    returns = play_episodes(full_game(args), agent_policy(model, device), args.eval_episodes, 1, video)
-    score, std, random_return = float(np.mean(returns)), float(np.std(returns)), state["random_return"]
-    result = dict(episodic_return=score, std=std, returns=returns, random_return=random_return)
-    result |= dict(global_step=state["global_step"])
-    write_json(result, os.path.join(args.evaluate, f"eval-{state['global_step']}.json"))
-    say(f"returns of {len(returns)} episodes: " + " ".join(f"{r:g}" for r in returns))
-    finish(args, score, random_return, f" +- {std:.1f}")
-    return result
-
-
-def report(args, model, run, step, episodes, device, logger):
-    """Errors of the world model on test episodes, and the open-loop video."""
-    errors = world_model_errors(model, episodes, args, device)
-    more, truth, shown = open_loop(model, episodes, args, device)
-    errors |= more
-    logger.scalars({f"eval/{k}": v for k, v in errors.items()}, step)
-    path = os.path.join(run, "videos", f"open_loop-{step}.gif")
-    logger.video("eval/open_loop", dream_frames(truth, shown, args.frame_stack), step, path)
-    ratio = errors["one_step_mse"] / max(errors["copy_previous_mse"], 1e-12)
-    words = [f"{k} {errors[f'{k}_precision']:.2f}/{errors[f'{k}_recall']:.2f}" for k in ("reward", "end")]
-    say(f"next frame / copy {ratio:.3f}, exact {errors['exact_frames']:.2f}; precision/recall: {', '.join(words)}")
-    return errors
-
-
-def main(args):  # shared
-    """Returns the final metrics; raises SystemExit with the exit codes of the README."""
-    try:
-        return play(args) if args.play else evaluate_run(args) if args.evaluate else train(args)
-    except EnvFault as e:
-        traceback.print_exc()
-        raise SystemExit(f"{e}; checkpoints are untouched") from None
-    except FloatingPointError as e:
-        raise SystemExit(f"{e}; ckpt.pt, if there is one, is from before it") from None
-
-
-def resumed(args):
-    """Lock the run to continue and read its checkpoint: (lock, state, None), or the result if there is nothing to
-    do."""
-    for name, value in load_args(args.resume).items():
-        if name not in CHANGEABLE and getattr(args, name, value) != value:
-            flag = "--" + name.replace("_", "-")
-            fail(f"{flag} is {value} in {args.resume}, got {getattr(args, name)}: a run cannot change it")
-    state, result = load_checkpoint(args.resume, "diamond"), os.path.join(args.resume, "result.json")
-    if state["global_step"] >= args.total_timesteps and os.path.exists(result):
-        say(f"nothing to do: step {state['global_step']} of {args.total_timesteps}")
-        with open(result, encoding="utf-8") as f:
-            return None, None, json.load(f)
-    lock = lock_run(args.resume)
-    return lock, load_checkpoint(args.resume, "diamond", repair=True), None  # nobody else writes from here on
-
-
-def place_replay(args, capacity, num_envs, image, device):
-    """Where the replay goes and its size in GB; exit code 2 if it fits nowhere."""
-    size = num_envs * capacity * FrameReplay.row_bytes(image) / 1e9
-    # On the GPU if it fits and leaves a fifth of the memory to the update, else in host memory; a checkpoint copies it.
-    cpu = torch.device("cpu")
-    store = device if args.replay_cuda and size <= 0.8 * free_memory(device) / 1e9 else cpu
-    host, free = size * (args.save_replay + (store == cpu)), free_memory(cpu) / 1e9
-    if host > free:
-        hint = f"lower --buffer-size, now {args.buffer_size}"
-        hint += ", or try --no-save-replay" if args.save_replay else ""
-        fail(f"replay needs {host:.1f} GB, {free:.1f} GB free: {hint}")
-    return store, size
-
-
-class Session:
-    """What training in an environment and training on a data set have in common: networks, replay, logs, the updates
-    that are due, checkpoints."""
-
-    def __init__(self, args, obs_space, action_space, capacity, num_envs, state, lock):
-        self.args, self.spaces = args, {"observation": space_to(obs_space), "action": space_to(action_space)}
-        image, actions = image_of(obs_space).shape, int(action_space.n)
-        self.config = {k: getattr(args, k) for k in SHAPES}
-        self.device = device = choose_device(args)
-        store, size = place_replay(args, capacity, num_envs, image, device)
-        with torch.device("meta"):  # --init-from that does not fit is found before the first file is made
-            model = Diamond(image, actions, self.config)
-        if args.init_from and not state:
-            load_authors_weights(model.to_empty(device="cpu"), args.init_from)
-        named = replace(args, env_id=os.path.basename(args.dataset)) if args.dataset else args
-        self.run = args.resume or new_run_dir(named)
-        self.lock = lock or lock_run(self.run)  # held until the process ends
-        seed_everything(args, device)
-        write_run_info(self.run, args, __file__, device)
-        axis = "updates" if args.dataset else "global_step"  # of the curves
-        self.logger = Logger(self.run, args, purge_step=state[axis] + 1 if state else None)
-        self.stop = StopSignal()
-        with torch.device(device):
-            self.model = Diamond(image, actions, self.config)
-        if args.init_from and not state:
-            load_authors_weights(self.model, args.init_from)
-        self.model.to(memory_format=torch.channels_last)
-        self.learner = DiamondLearner(self.model, args, device)
-        self.replay = FrameReplay(capacity, num_envs, image, store, args.seed)
-        # due: updates of each kind that this epoch still owes, None before; epoch: those completed; finals: those of
-        # them, or this one, after the last collection; begun: agent steps when the epoch began; goal: when it learns.
-        self.global_step, self.updates, self.random_return = 0, 0, None
-        self.due, self.epoch, self.finals, self.begun, self.goal = None, 0, 0, 0, args.learning_starts
-        self.signs, self.recent, self.metrics = [0, 0, 0], deque(maxlen=100), {}
-        self.seconds = dict.fromkeys(self.learner.steps, 0.0)
-        self.counts = dict.fromkeys(self.learner.steps, 0)
-        parts = ("denoiser", "rew_end_model", "actor_critic")
-        sizes = ", ".join(f"{n} {count_params(getattr(self.model, n)):,}" for n in parts)
-        say(f"run: {self.run}\nparameters: {count_params(self.model):,} ({sizes})")
-        say(f"replay: {num_envs} x {capacity:,} rows, {size:.2f} GB on {store}")
-
-    COUNTERS = "global_step updates random_return due epoch finals begun goal signs".split()
-
-    def load(self, state):
-        self.learner.load_state_dict(state["learner"])
-        for name in self.COUNTERS:
-            setattr(self, name, state[name])
-        self.recent.extend(state["recent"])
-        self.metrics = dict(state["metrics"])
-        if state["replay"]:
-            self.replay.load_state_dict(state["replay"])
-        set_rng_state(state["rng"])
-
-    def save(self, episodes=()):
-        """`episodes`: the number of episodes that each environment has begun, which seeds the next one."""
-        context = None
-        if len(self.replay.drawable()[1]):  # a few stretches of real experience for dreams to start from
-            context = self.replay.segments(16, self.args.frame_stack, np.random.default_rng(0))
-            context = {k: context[k].cpu() for k in ("frames", "actions", "mask")}
-        plain = dict(script="diamond", args=asdict(self.args), config=self.config, spaces=self.spaces, context=context)
-        plain |= {name: getattr(self, name) for name in self.COUNTERS}
-        plain |= dict(recent=list(self.recent), metrics={k: float(v) for k, v in self.metrics.items()})
-        plain |= dict(episodes=list(episodes), rng=rng_state(), learner=self.learner.state_dict())
-        plain |= dict(replay=self.replay.state_dict() if self.args.save_replay else None)
-        atomic_save(plain, os.path.join(self.run, "ckpt.pt"))
-
-    def stopped(self):
-        """Leave after a stop signal, when the checkpoint is written."""
-        self.logger.close()
-        again = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(self.run)}"
-        say(f"stopped by signal {self.stop.signum} at step {self.global_step}; to go on: {again}")
-        raise SystemExit(128 + self.stop.signum)
-
-    def owe(self, kinds):
-        """The updates of an epoch: many in the first one."""
-        prefix = "first_" if self.epoch == 0 else ""
-        self.due = {kind: getattr(self.args, f"{prefix}{kind}_updates") for kind in kinds}
-
-    def learn(self, rollout=None):
-        """Make the updates that are due, in order, unless a signal comes. `rollout`: real experience, model-free."""
-        args, learner = self.args, self.learner
-        clock = time.process_time if self.device.type == "cpu" else time.time
-        for kind in [k for k, n in self.due.items() if n]:
-            began = clock()
-            while self.due[kind] and not self.stop.signum:
-                if kind == "actor" and not args.model_free and learner.dream is None:
-                    learner.begin(to_torch(self.replay.batch("begin", args), self.device))
-                batch = rollout or to_torch(self.replay.batch(kind, args), self.device)
-                try:
-                    self.metrics |= learner.update(kind, batch)
-                except torch.cuda.OutOfMemoryError:
-                    where = f"step {self.global_step} ({kind}, batch {args.batch_size})"
-                    hint = "--imag-envs or --start-pool" if kind == "actor" else "--batch-size"
-                    raise SystemExit(f"out of GPU memory at {where}: lower {hint}") from None
-                self.updates, self.due[kind] = self.updates + 1, self.due[kind] - 1
-                self.counts[kind] += 1
-                if self.device.type == "cpu":  # on a GPU this would wait for the device: there, when metrics are read
-                    learner.check(f"step {self.global_step}, update {self.updates}")
-            self.seconds[kind] += clock() - began
-        if not self.stop.signum:
-            self.due, self.epoch = None, self.epoch + 1
-
-    def where(self):
-        return f"step {self.global_step}, update {self.updates}"
-
-    def log(self, step, mark):
-        """Scalars since `mark` (time, agent steps, updates). Metrics are read here only: reading waits for the
-        device."""
-        self.learner.check(self.where())
-        seconds, steps, count = (a - b for a, b in zip((time.time(), self.global_step, self.updates), mark))
-        repeat = self.args.action_repeat or (4 if env_family(self.args) == "ALE" else 1)
-        tags = {"SPS": steps / max(seconds, 1e-9), "updates_per_s": count / max(seconds, 1e-9)}
-        tags |= {"updates": self.updates, "epochs": self.epoch, "env_frames": self.global_step * repeat}
-        tags = {f"charts/{k}": v for k, v in tags.items()}
-        for k, v in self.metrics.items():
-            tags[("charts/" if k.startswith("learning_rate") else "losses/") + k] = float(v)
-        self.logger.scalars(tags, step)
-        return tags
-
-    def pace(self, start):
-        """The line about time, and its numbers for result.json."""
-        seconds, unit = time.time() - start[0], "CPU ms" if self.device.type == "cpu" else "ms"
-        each = {k: 1000 * self.seconds[k] / n for k, n in self.counts.items() if n}
-        words = ", ".join(f"{k} {v:.1f}" for k, v in each.items())
-        say(f"{seconds / 60:.1f} minutes, {self.updates - start[2]} updates; {unit} per update: {words or 'none'}")
-        return dict(minutes=seconds / 60, run=self.run, peak_memory_gb=peak_memory(self.device))
-
-
-def train(args):
-    """The whole algorithm (alg. 1): collect a few steps, train the denoiser, the reward/end model, and the actor-critic
-    in imagination, repeat. Returns the metrics."""
-    # Set up, in an order that finds every mistake of the user's before the first file is made.
-    check_args(args)
-    if args.record:
-        return record_dataset(args)
-    if args.dataset:
-        return fit(args)
-    lock, state, result = resumed(args) if args.resume else (None, None, None)
-    if result:
-        return result
-    obs_space, action_space = probe_env(args)
-    N, everyone = args.num_envs, np.arange(args.num_envs)
-    # Rows per environment. A run can fill two per agent step: an episode's end takes one more.
-    capacity = -(-min(args.buffer_size, 2 * args.total_timesteps + 4 * N) // N)
-    s = Session(args, obs_space, action_space, capacity, N, state, lock)
-    run, device, stop, learner, replay, logger = s.run, s.device, s.stop, s.learner, s.replay, s.logger
-    model, kinds = s.model, ("actor",) if args.model_free else ("denoiser", "rew_end", "actor")
-    envs = make_envs(args, N)
-    if state:
-        s.load(state)
-        for env, episode in zip(envs.envs, state["episodes"], strict=True):
-            env.env.episode = episode
-        if not state["replay"] and not args.model_free:
-            say("warning: this run was saved without its replay (--no-save-replay): it is collected anew")
-            s.due, s.goal = None, s.global_step + args.learning_starts
-            if s.global_step >= args.total_timesteps:
-                s.finals = args.final_epochs  # nothing is left to learn from
-        if args.model_free:
-            s.due = None  # the rollout that an interrupted update was for is gone
-        if s.global_step < args.total_timesteps:
-            s.finals = 0  # --total-timesteps has grown
-        say(f"resumed at step {s.global_step} of {args.total_timesteps}, update {s.updates}")
-    if s.random_return is None:
-        policy = random_policy(action_space, args.seed)
-        returns = play_episodes(full_game(args), policy, args.eval_episodes, 2, stop=stop)
-        s.random_return = None if stop.signum else float(np.mean(returns))
-        say(f"random policy: {np.mean(returns):.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
-    # [optional: compile
-    if args.compile:
-        compile_diamond(model, learner)
-    # compile]
-
-    def numbers():
-        return [e.env.episode for e in envs.envs]
-
-    def fresh():
-        """Start new episodes everywhere, whole games: observations, is_first, the policy's state."""
-        obs = envs.reset(options={"full": True} if env_family(args) == "ALE" else None)[0]
-        replay.begin(everyone, image_of(obs))
-        return obs, np.ones(N, bool), None
-
-    def rare():
-        """Whether both rarer reward signs together were still seen less than 10 times (code)."""
-        return sum(sorted(s.signs)[:2]) < 10
-
-    if stop.signum:
-        s.save(numbers())
-        s.stopped()
-    explore = agent_policy(model, device, args.temperature_collect, 0.0 if args.model_free else args.epsilon)
-    start = mark = time.time(), s.global_step, s.updates
-    obs, is_first, carry = fresh()
-    rollout = None
-    while s.due is not None or s.global_step < args.total_timesteps or s.finals < args.final_epochs:
-        # Alg. 1: collect_experience. The last epochs only learn.
-        if s.due is None and s.global_step >= args.total_timesteps:
-            s.finals += 1
-            s.owe(kinds)
-        rows = []
-        while s.due is None and not stop.signum:
-            with uncompiled(args):
-                before = carry
-                actions, carry = explore(obs, is_first, carry)
-            frames, first = image_of(obs).copy(), is_first
-            obs, reward, terminated, truncated, infos = envs.step(actions)
-            s.global_step += N
-            is_first = terminated | truncated
-            following = image_of(obs)
-            if is_first.any():
-                ended = np.flatnonzero(is_first)
-                following = following.copy()
-                for i in ended:  # NOTE: the true last frame, not the first one of the next episode
-                    following[i] = image_of(infos["final_obs"][i])
-                    s.recent.append(float(infos["final_info"]["episode"]["r"][i]))
-                    length = int(infos["final_info"]["episode"]["l"][i])
-                    tags = {"charts/episodic_return": s.recent[-1], "charts/episodic_length": length}
-                    logger.scalars(tags, s.global_step)
-            replay.add(everyone, actions, reward, terminated, following)
-            if is_first.any():
-                replay.close(ended)
-                replay.begin(ended, image_of(obs)[ended])
-            for sign in np.sign(reward).astype(int):
-                s.signs[sign + 1] += 1
-            if args.model_free:
-                rows.append(real_row(model, device, before, carry, frames, first, following, actions, reward,
-                                     terminated, truncated))  # fmt: skip
-                if len(rows) == args.imag_horizon:
-                    rollout, rows = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}, []
-                    s.due = {"actor": 1}
-            elif s.global_step >= min(s.goal, args.total_timesteps):
-                if s.epoch == 0 and rare() and s.global_step < min(args.learning_starts_max, args.total_timesteps):
-                    s.goal = min(s.global_step + args.collect_steps, args.learning_starts_max)
-                else:
-                    s.owe(kinds)
-
-        # Alg. 1: update_diffusion_model, update_reward_end_model, update_actor_critic.
-        if s.due is not None:
-            s.learn(rollout)
-        if stop.signum:
-            learner.check(s.where())
-            replay.close(np.array(sorted(replay.open)))
-            s.save(numbers())
-            s.stopped()
-        stride, s.begun, s.goal = s.global_step - s.begun, s.global_step, s.global_step + args.collect_steps
-
-        # Log, test, save.
-        ending = s.global_step >= args.total_timesteps and (s.finals >= args.final_epochs or args.model_free)
-        if args.model_free and ending:
-            s.finals = args.final_epochs
-        if passed(args.log_every, s.global_step, stride) or s.finals or ending:
-            tags = s.log(s.global_step, mark)
-            mark = time.time(), s.global_step, s.updates
-            shown = f"{np.mean(list(s.recent)[-10:]):.1f}" if s.recent else "none yet"
-            pace = f"updates={s.updates}, SPS={tags['charts/SPS']:.0f}"
-            say(f"global_step={s.global_step}, episodic_return={shown}, {pace}")
-        if passed(args.report_every, s.global_step, stride):
-            with uncompiled(args):
-                key = 1000 + s.global_step
-                returns, tests = play_tests(full_game(args), agent_policy(model, device), args.test_episodes, key, stop)
-                logger.scalars({"eval/episodic_return": float(np.mean(returns))}, s.global_step)
-                say(f"test episodes at step {s.global_step}: {np.mean(returns):.2f} over {len(returns)}")
-                if not args.model_free and not stop.signum:
-                    report(args, model, run, s.global_step, tests, device, logger)
-        if passed(args.save_every, s.global_step, stride) or ending or s.finals % 10 == 9:
-            learner.check(s.where())
-            # NOTE: unfinished episodes end at scheduled checkpoints as truncated ones, interrupted or not: that is what
-            # makes a resumed run repeat the unbroken one. (A stop signal cuts where the unbroken run would not.)
-            replay.close(everyone)
-            s.save(numbers())
-            if stop.signum:
-                s.stopped()
-            obs, is_first, carry = fresh()
-    envs.close()
-
-    # Final evaluation on fresh episodes, and the self-check against --target-return.
-    more = s.pace(start)
-    with uncompiled(args):
-        policy = agent_policy(model, device)
-        returns, tests = play_tests(full_game(args), policy, args.eval_episodes, 1, stop, store=args.test_episodes)
-        if stop.signum:
-            s.stopped()
-        errors = {}
-        if not args.model_free:
-            errors = world_model_errors(model, tests, args, device) | open_loop(model, tests, args, device)[0]
-    if args.capture_video:
-        save_gif([draw({"frame": x}) for x in tests[0]["frames"]], os.path.join(run, "videos", "episode.gif"))
-    score, std = float(np.mean(returns)), float(np.std(returns))
-    logger.scalars({"eval/episodic_return": score, "eval/episodic_return_std": std}, s.global_step)
-    logger.close()
-    result = dict(episodic_return=score, episodic_return_std=std, returns=returns, random_return=s.random_return)
-    result |= dict(global_step=s.global_step, updates=s.updates, prediction_errors=errors, **more)
-    result |= dict(train_return=float(np.mean(list(s.recent)[-10:])) if s.recent else None)
-    write_json(result, os.path.join(run, "result.json"))
-    finish(args, score, s.random_return)
-    return result
-
-
-@torch.no_grad()
-def real_row(model, device, before, after, frames, first, following, actions, reward, terminated, truncated):
-    """One step in the real environments as a row of a rollout (see `imagine_rollout`), for --model-free."""
-    blank = torch.zeros(len(first), model.actor_critic.units, device=device)
-    keep = torch.as_tensor(~first, device=device).unsqueeze(1)
-    h, c = (v * keep for v in (before or (blank, blank)))
-    row = dict(action=actions, reward=reward.astype(np.float32), end=terminated, trunc=truncated, reset=first)
-    row = {k: torch.as_tensor(v, device=device) for k, v in row.items()} | dict(h=h, c=c)
-    row["frame"], last = (
-        frames_to_float(torch.as_tensor(x, device=device)).permute(0, 3, 1, 2) for x in (frames, following)
+    """What would end in a wrong result or an obscure error, before anything is created. -> an environment."""
+    names = "num_envs batch_size imag_envs imag_horizon start_pool eval_episodes log_every save_every learning_rate "
+    names += "collect_steps frame_stack denoising_steps total_timesteps sigma_min p_std"
+    rules = {name: (getattr(args, name) > 0, "more than 0") for name in names.split()}
+    rules |= {name: (0 <= getattr(args, name) <= 1, "within 0 and 1") for name in ("gamma", "return_lambda", "epsilon")}
+    starts, most = args.learning_starts, args.sigma_max
+    rules["total_timesteps"] = args.total_timesteps > starts or args.dataset, f"beyond --learning-starts {starts}"
+    rules["learning_starts_max"] = args.learning_starts_max >= starts, f"at least --learning-starts {starts}"
+    rules["rew_end_length"], rules["sigma_min"] = (
+        (args.rew_end_length >= 2, "at least 2"),
+        (0 < args.sigma_min <= most, f"within 0 and {most}"),
     )
-    return row | {"bootstrap": model.actor_critic(last, *after)[1]}
+    least = args.num_envs * (max(args.rew_end_length, args.frame_stack + 2) + 1)
+    rules["buffer_size"] = args.buffer_size >= least, f"at least {least}"
+    cond = 2 * args.frame_stack // math.gcd(2, args.frame_stack)
+    rules["denoiser_cond"] = args.denoiser_cond % cond == 0, f"a multiple of {cond}"
+    for name, (good, wanted) in rules.items():
+        if not good:
+            fail(f"--{name.replace('_', '-')} must be {wanted}, got {getattr(args, name)}")
+    try:
+        env = make_env(args, args.seed)
+    except Exception as e:  # whatever it is, it cannot be used: its own words, in one line
+        words = " ".join(f"--env-kwargs {args.env_kwargs} --seed {args.seed}: {type(e).__name__}: {e}".split())
+        fail(
+            f"--dataset {args.dataset}: {type(e).__name__}: {e}" if args.dataset else f"--env-id {args.env_id} {words}"
+        )
+    image, widths = env.observation_space.shape, {}
+    for name in ("denoiser_channels", "denoiser_depths", "rew_end_channels", "rew_end_depths", "actor_channels"):
+        flag = f"--{name.replace('_', '-')}"
+        try:
+            widths[name] = [int(n) for n in getattr(args, name).split(",")]
+            odd = [n for n in widths[name] if n < 1 or "channels" in name and (n > 32 and n % 32 or n % max(1, n // 8))]
+        except ValueError:
+            odd = getattr(args, name)
+        if odd:
+            fail(f"{flag} must be numbers such as 32,64: at most 32 or multiples of 32, got {getattr(args, name)}")
+        if len(widths[name]) != len(widths.get(name.replace("depths", "channels"), widths[name])):
+            fail(f"{flag} must have as many numbers as --{flag[2:-6]}channels, got {getattr(args, name)}")
+    if min(image[:2]) >> len(widths["actor_channels"]) < 1:
+        fail(f"--actor-channels {args.actor_channels} halves images too often for --image-size {min(image[:2])}")
+    name = args.dataset or args.env_id
+    print(f"{name} has observations {env.unwrapped.observation_space}")
+    print(f"the agent sees {env.observation_space} (images: --image-size), acts in {env.action_space}")
+    return env
+
+
+def episode_seed(args, key, index, episode=0):
+    """Seed of an episode: no two of a run share one, nor do training, evaluation (key 1) and the baseline (key 2)."""
+    return int(np.random.SeedSequence((args.seed, key, index, int(episode))).generate_state(1)[0])
+
+
+def make_envs(args, n, key):
+    """n environments in lockstep; the caller resets those that have ended, with seeds of its own."""
+    thunks = [partial(make_env, args, episode_seed(args, key, i)) for i in range(n)]
+    return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+
+
+def evaluate(args, act, key, name, stop):
+    """Returns of an episode in each of --eval-episodes fresh environments. act: obs, state, first -> actions, state."""
+    n, clock = args.eval_episodes, time.time()
+    envs, state, first, alive, returns = make_envs(args, n, key), None, np.ones(n, bool), np.ones(n, bool), np.zeros(n)
+    obs, _ = envs.reset(seed=[episode_seed(args, key, i) for i in range(n)])
+    for t in range(args.max_episode_steps or 27_000):  # an environment without a limit ends here
+        actions, state = act(obs, state, first)
+        obs, reward, terminated, truncated, _ = envs.step(actions)
+        returns, first = returns + reward * alive, terminated | truncated
+        alive &= ~first
+        if stop or not alive.any():
+            break
+        if first.any():
+            obs, _ = envs.reset(options={"reset_mask": first})
+        if time.time() > clock + 10:
+            print(f"{name}: step {t}, {alive.sum()} of {n} episodes go on", flush=True)
+            clock = time.time()
+    envs.close()
+    return returns
+
+
+def finish(args, c, agent, run, writer, stop):
+    """Final evaluation on fresh episodes, result.json, and the self-check against --target-return."""
+    print(f"look at its dreams: python benchmarks/dreams.py {run}", flush=True)
+    returns = evaluate(args, agent.act, 1, "evaluation", stop)
+    leave(run, stop)
+    score, std, target = float(returns.mean()), float(returns.std()), args.target_return
+    writer.add_scalar("eval/episodic_return", score, c.global_step)
+    writer.close()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated() if agent.device.type == "cuda" else memory
+    result = dict(run=run, episodic_return=score, episodic_return_std=std, returns=returns.tolist())
+    result |= dict(random_return=c.random_return, train_return=float(np.mean(c.recent)) if c.recent else None)
+    result |= dict(global_step=c.global_step, updates=c.updates, minutes=c.seconds / 60, peak_memory_gb=memory / 1e9)
+    Path(run, "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    verdict = "" if target is None else f", target {target:g}: {'reached' if score >= target else 'missed'}"
+    print(f"episodic_return {score:.1f} +- {std:.1f} over {len(returns)} (random {c.random_return:.1f}{verdict})")
+    if target is not None and not score >= target:
+        raise SystemExit(1)
+    return result
+
+
+def set_up(args, env, capacity, state, subject):
+    """Model, learner, replay, run directory, writer, device, and the loop's counters."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    image, actions, N = env.observation_space.shape, int(env.action_space.n), 1 if args.dataset else args.num_envs
+    seed_everything(args, device)
+    with torch.device(device):
+        model = Diamond(image, actions, vars(args))
+    if args.init_from and not state:
+        load_authors_weights(model, args.init_from)
+    model.to(memory_format=torch.channels_last)
+    on_gpu = device.type == "cuda" and N * capacity * math.prod(image) < 0.8 * torch.cuda.mem_get_info()[0]
+    replay = FrameReplay(capacity, N, image, device if on_gpu else "cpu", args.seed)
+    run, writer = start_run(args, subject, device, state and state["loop"]["global_step"] + 1)
+    learner = Learner(model, args, device)
+    parts = ", ".join(f"{n} {count_params(m):,}" for n, m in model.named_children())
+    print(f"run: {run} on {device}\nparameters: {count_params(model):,} ({parts})")
+    print(f"replay: {N} x {capacity:,} rows", flush=True)
+    # due: updates of each kind that this epoch still owes; finals: epochs after the last collection; begun: agent steps
+    # when the epoch began; goal: when it learns; signs: rewards seen.
+    c = SimpleNamespace(global_step=0, updates=0, due={}, epoch=0, finals=0, goal=args.learning_starts, signs=[0, 0, 0])
+    c.seconds, c.recent, c.metrics, c.random_return, c.image, c.actions = 0.0, [], {}, None, list(image), actions
+    c.stepped = False
+    if state:
+        c = SimpleNamespace(**state["loop"])
+        learner.load_state_dict(state["learner"])
+    if args.compile and device.type == "cuda":
+        compile_model(model, learner)
+    return model, learner, replay, run, writer, device, c
+
+
+def owe(c, args, kinds):
+    """The updates of an epoch: many in the first one."""
+    c.due = {kind: getattr(args, f"{'' if c.epoch else 'first_'}{kind}_updates") for kind in kinds}
+
+
+def learn(c, args, learner, replay, device, stop):
+    """Make the updates that are due, in order, unless a signal comes."""
+    clock = time.time()
+    for kind in c.due:
+        while c.due[kind] and not stop:
+            if kind == "actor" and learner.dream is None:
+                learner.begin({k: v.to(device) for k, v in replay.batch("begin", args).items()})
+            found = learner.update(kind, {k: v.to(device) for k, v in replay.batch(kind, args).items()})
+            c.updates, c.due[kind], c.metrics = c.updates + 1, c.due[kind] - 1, c.metrics | found
+            if device.type == "cpu":  # on a GPU this would wait for the device: there, when metrics are read
+                learner.check(found, f"step {c.global_step}, update {c.updates}")
+            if time.time() > clock + 10:
+                shown = ", ".join(f"{k}={float(v):.4g}" for k, v in found.items() if k in SHOWN)
+                print(f"epoch {c.epoch + 1}, {kind}: {c.due[kind]} updates to go, {shown}", flush=True)
+                clock = time.time()
+    if not stop:
+        c.due, c.epoch = {}, c.epoch + 1
+
+
+SHOWN = "denoiser", "reward", "end", "imagined_return"  # what tells whether to stop a run
+
+
+def save(c, args, learner, replay, run, now, start):
+    """A checkpoint; -> the time."""
+    c.seconds, c.metrics = c.seconds + time.time() - start, {k: float(v) for k, v in c.metrics.items()}
+    parts = dict(learner=learner.state_dict(), replay=replay.state_dict(), now=now, loop=vars(c))
+    save_checkpoint(parts | dict(script="diamond", args=asdict(args)), run)
+    return time.time()
 
 
 def fit(args):
-    """--dataset: train the world model alone, on the data of a file. Returns the metrics."""
-    lock, state, result = resumed(replace(args, total_timesteps=0)) if args.resume else (None, None, None)
-    if result:
-        return result
-    episodes, rewarded, actions = load_dataset(args.dataset)
-    image = episodes[0]["frames"].shape[1:]
-    # NOTE: frames keep their size; a large one is a large network input. The actor is built, too, but never trained.
-    if min(image[:2]) >> (args.actor_channels.count(",") + 1) < 1:
-        fail(f"--dataset {args.dataset}: frames of {image[0]}x{image[1]} are too small for --actor-channels")
-    obs_space = gym.spaces.Dict(observation=gym.spaces.Box(0, 255, image, np.uint8))
-    training, tests = split_dataset(episodes)
-    rows = sum(len(p["frames"]) for p in training)
-    s = Session(args, obs_space, gym.spaces.Discrete(actions), rows, 1, state, lock)
-    run, stop, learner, replay = s.run, s.stop, s.learner, s.replay
-    kinds = ("denoiser", "rew_end") if rewarded else ("denoiser",)
-    say(f"data: {len(training)} episodes, {rows - len(training)} steps, {actions} actions; {len(tests)} for testing")
-    for p in training:
-        replay.begin(np.array([0]), p["frames"][:1])
-        T = len(p["actions"])
-        for t in range(T):
-            end = p["end"] and t == T - 1
-            replay.add(
-                np.array([0]), p["actions"][t : t + 1], p["rewards"][t : t + 1], [end], p["frames"][t + 1 : t + 2]
-            )
-        replay.close(np.array([0]))
+    """--dataset: train the world model alone, on the data of a file. Returns the final metrics."""
+    state = load_checkpoint(args.resume) if args.resume else None
+    env = check_args(args)
+    episodes, rewarded, _ = load_dataset(args.dataset)
+    parts = split_dataset(episodes)
+    rows = [sum(len(e["frames"]) for e in part) for part in parts]
+    *_, run, writer, device, c = made = set_up(args, env, rows[0], state, Path(args.dataset).name)
+    model, learner, replay, stop = *made[:3], stop_signals()
+    tests = FrameReplay(rows[1], 1, replay.data["frames"].shape[2:], seed=args.seed)
+    print(f"data: {len(parts[0])} episodes for training, {len(parts[1])} for testing", flush=True)
+    for part, store in zip(parts, (replay, tests)):
+        for e in part:
+            store.begin(np.zeros(1, int), e["frames"][:1])
+            ends = np.arange(1, len(e["actions"]) + 1) == (len(e["actions"]) if e["end"] else 0)
+            for step in zip(*(x[:, None] for x in (e["actions"], e["rewards"], ends, e["frames"][1:]))):
+                store.add(np.zeros(1, int), *step)
+            store.close(np.zeros(1, int))
     if state:
-        generator = state["replay"] and state["replay"].pop("rng")
-        s.load(state | {"replay": None})
-        if generator:
-            replay.rng.bit_generator.state = generator
-        say(f"resumed at update {s.updates}")
-    # [optional: compile
-    if args.compile:
-        compile_diamond(s.model, learner)
-    # compile]
-    start, errors = (time.time(), 0, s.updates), None
-    mark = start
-    while s.due is not None or s.epoch <= args.final_epochs:
-        if s.due is None:
-            s.owe(kinds)
-        s.learn()
-        if stop.signum:
-            learner.check(s.where())
-            s.save()
-            s.stopped()
-        s.log(s.updates, mark)
-        mark = time.time(), 0, s.updates
-        say(f"epoch {s.epoch} of {1 + args.final_epochs}, updates={s.updates}")
-        with uncompiled(args):
-            errors = report(args, s.model, run, s.updates, tests, s.device, s.logger)
-        s.save()
-    if errors is None:  # killed after its last checkpoint
-        errors = report(args, s.model, run, s.updates, tests, s.device, s.logger)
-    s.logger.close()
-    result = dict(global_step=0, updates=s.updates, prediction_errors=errors, **s.pace(start))
-    write_json(result, os.path.join(run, "result.json"))
+        replay.rng.bit_generator.state = state["replay"]["rng"]
+        set_rng_state(state["rng"])
+    start = time.time()
+    while c.epoch <= args.final_epochs:
+        if not c.due:
+            owe(c, args, ("denoiser", "rew_end") if rewarded else ("denoiser",))
+        learn(c, args, learner, replay, device, stop)
+        learner.check(c.metrics, f"update {c.updates}")
+        if not stop:
+            errors = one_step_errors(model, tests, args)
+            tags = {f"eval/{k}": v for k, v in errors.items()} | {f"losses/{k}": v for k, v in c.metrics.items()}
+            for tag, value in tags.items():
+                writer.add_scalar(tag, float(value), c.updates)
+            shown = ", ".join(f"{k}={v:.5f}" for k, v in errors.items())
+            print(f"epoch {c.epoch} of {1 + args.final_epochs}, updates={c.updates}, {shown}", flush=True)
+        start = save(c, args, learner, replay, run, None, start)
+        leave(run, stop)
+    result = dict(
+        run=run, updates=c.updates, minutes=c.seconds / 60, prediction_errors=one_step_errors(model, tests, args)
+    )
+    Path(run, "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
 
 
+def train(args):
+    """Algorithm 1: collect a few steps, train the denoiser, the reward/end model, and the actor-critic in imagination,
+    repeat. Returns the final metrics."""
+    if args.dataset:
+        return fit(args)
+    # Set up, in an order that finds every mistake of the user's before the first file is made.
+    state = load_checkpoint(args.resume) if args.resume else None
+    env, N = check_args(args), args.num_envs
+    # Rows per environment. A run can fill two per agent step: an episode's end takes one more.
+    capacity = -(-min(args.buffer_size, 2 * args.total_timesteps + 4 * N) // N)
+    model, learner, replay, run, writer, device, c = set_up(args, env, capacity, state, args.env_id)
+    stop, envs, agent = stop_signals(), make_envs(args, N, 0), Agent(model, args, device)
+    if state:  # each environment is brought back to where it was by the seed of its episode and the actions since then
+        replay.load_state_dict(state["replay"])
+        obs, first, *carry = state["now"]
+        obs, first, carry = obs.numpy(), first.numpy(), tuple(x.to(device) for x in carry) or None
+        for i, env in enumerate(envs.envs):
+            env.reset(seed=episode_seed(args, 0, i, c.episode[i]))
+            for action in c.history[i]:
+                env.step(action)
+        set_rng_state(state["rng"])
+        print(f"resumed at step {c.global_step} of {args.total_timesteps}, update {c.updates}", flush=True)
+    else:
+        env.action_space.seed(args.seed)
+        draw = lambda obs, state, first: (np.array([env.action_space.sample() for _ in first]), state)  # noqa: E731
+        returns = evaluate(args, draw, 2, "random policy", stop)
+        if stop:
+            raise SystemExit(128 + stop[0])
+        print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes", flush=True)
+        c.random_return, c.episode, c.history = float(returns.mean()), [0] * N, [[] for _ in range(N)]
+        obs, _ = envs.reset(seed=[episode_seed(args, 0, i) for i in range(N)])
+        replay.begin(np.arange(N), obs)
+        first, carry = np.ones(N, bool), None
+    ended, start, mark = [], time.time(), (time.time(), c.global_step, c.updates)  # mark: of the last log line
+
+    while c.due or c.global_step < args.total_timesteps or c.finals < args.final_epochs:
+        # Alg. 1: collect_experience. The last epochs only learn.
+        begun = bool(c.due)  # resumed in the middle of an epoch's updates
+        c.stepped = c.stepped if begun else c.global_step < args.total_timesteps
+        if not begun and not c.stepped:
+            c.finals += 1
+            owe(c, args, learner.opts)
+        if not begun and c.stepped:
+            actions, carry = agent.act(obs, carry, first, temperature=args.temperature_collect)
+            stray = torch.rand(N) < args.epsilon
+            actions = torch.where(stray, torch.randint(c.actions, (N,)), torch.as_tensor(actions)).numpy()
+            for past, action in zip(c.history, actions.tolist(), strict=True):
+                past.append(action)
+            obs, reward, terminated, truncated, infos = envs.step(actions)
+            c.global_step, over = c.global_step + N, terminated | truncated
+            # NOTE: a lost life ends the episode; the next one begins with the frame that ended this one.
+            terminated = terminated | (infos["life_lost"] if args.episodic_life and "life_lost" in infos else False)
+            replay.add(np.arange(N), actions, reward, terminated, obs)
+            for sign in np.sign(reward).astype(int):
+                c.signs[sign + 1] += 1
+            first = over | terminated
+            for i in np.flatnonzero(over):
+                ended.append(float(infos["episode"]["r"][i]))
+                writer.add_scalar("charts/episodic_return", ended[-1], c.global_step)
+                writer.add_scalar("charts/episodic_length", int(infos["episode"]["l"][i]), c.global_step)
+                c.episode[i], c.history[i], c.recent = c.episode[i] + 1, [], [*c.recent[-9:], ended[-1]]
+            if over.any():
+                seeds = [episode_seed(args, 0, i, c.episode[i]) for i in range(N)]
+                obs, _ = envs.reset(seed=seeds, options={"reset_mask": over})
+            if first.any():
+                replay.close(np.flatnonzero(first))
+                replay.begin(np.flatnonzero(first), obs[first])
+            if c.global_step >= min(c.goal, args.total_timesteps):
+                rare = sum(sorted(c.signs)[:2]) < 10  # both rarer reward signs together (code)
+                if c.epoch == 0 and rare and c.global_step < min(args.learning_starts_max, args.total_timesteps):
+                    c.goal = min(c.global_step + args.collect_steps, args.learning_starts_max)
+                else:
+                    owe(c, args, learner.opts)
+                    c.goal = c.global_step + args.collect_steps
+
+        # Alg. 1: update_diffusion_model, update_reward_end_model, update_actor_critic.
+        learned = bool(c.due)
+        if learned:
+            learn(c, args, learner, replay, device, stop)
+
+        # Log and save. On a GPU metrics are read here only: reading waits for the device.
+        final = c.finals and learned or c.global_step >= args.total_timesteps and not c.due
+        log, keep = (
+            not c.due and (final or c.global_step % e < N and c.stepped) for e in (args.log_every, args.save_every)
+        )
+        if log or keep or stop:
+            learner.check(c.metrics, f"step {c.global_step}, update {c.updates}")
+        if log:
+            seconds = time.time() - mark[0]
+            charts = dict(SPS=(c.global_step - mark[1]) / seconds, updates_per_s=(c.updates - mark[2]) / seconds)
+            charts["epochs"] = c.epoch
+            for tag, value in (charts | c.metrics).items():
+                part = "charts" if tag in charts or "learning_rate" in tag else "losses"
+                writer.add_scalar(f"{part}/{tag}", float(value), c.global_step)
+            shown = f"{np.mean(ended):.1f} ({len(ended)} episodes)" if ended else "no episode ended since the last line"
+            line = f"global_step={c.global_step}, episodic_return={shown}, updates={c.updates}, SPS={charts['SPS']:.0f}"
+            print(line + "".join(f", {k}={float(c.metrics[k]):.4g}" for k in SHOWN if k in c.metrics), flush=True)
+            mark, ended = (time.time(), c.global_step, c.updates), []
+        if keep or stop:
+            now = [torch.as_tensor(obs), torch.as_tensor(first), *(carry or ())]
+            start = save(c, args, learner, replay, run, now, start)
+        leave(run, stop)
+    envs.close()
+    return finish(args, c, agent, run, writer, stop)
+
+
 if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__.split("\n\n    python")[0]))
+    train(parse_args(Args, PRESETS, __doc__.split("\n\nDeviations")[0]))

@@ -153,7 +153,9 @@ def iris_parts(script, args, obs_space, action_space, device):
     batches = {"tokenizer": replay.frames(table, args.tokenizer_batch_size)}
     batches["world_model"] = replay.segments(table, args.batch_size, args.batch_length)
     batches["actor_critic"] = replay.starts(table, args.ac_batch_size, args.burn_in)
-    return model, OneOfEach(learner), batches, lambda model, each: script.compile_model(model, each.learner)
+    each = OneOfEach(learner)
+    each.agent = script.Agent(model, args, device)
+    return model, each, batches, lambda model, each: script.compile_model(model, each.learner)
 
 
 def diamond_parts(script, args, obs_space, action_space, device):
@@ -163,7 +165,7 @@ def diamond_parts(script, args, obs_space, action_space, device):
     only_images(script, obs_space)
     shape, N = next(iter(obs_space.values())).shape, 4
     with torch.device(device):
-        model = script.Diamond(shape, int(action_space.n), {k: getattr(args, k) for k in script.SHAPES})
+        model = script.Diamond(shape, int(action_space.n), vars(args))
     model.to(memory_format=torch.channels_last)
     replay, everyone, rng = script.FrameReplay(200, N, shape, device), np.arange(N), np.random.default_rng(0)
     frames = lambda: rng.integers(0, 256, (N, *shape), np.uint8)  # noqa: E731
@@ -173,10 +175,12 @@ def diamond_parts(script, args, obs_space, action_space, device):
             actions, rewards = rng.integers(action_space.n, size=N), rng.integers(-1, 2, N)
             replay.add(everyone, actions, rewards, np.zeros(N, bool), frames())
         replay.close(everyone)
-    learner = script.DiamondLearner(model, args, device)
+    learner = script.Learner(model, args, device)
     learner.begin(replay.batch("begin", args))
-    batches = {kind: replay.batch(kind, args) for kind in learner.steps}
-    return model, OneOfEach(learner), batches, lambda model, each: script.compile_diamond(model, each.learner)
+    batches = {kind: replay.batch(kind, args) for kind in learner.opts}
+    each = OneOfEach(learner)
+    each.agent = script.Agent(model, args, device)
+    return model, each, batches, lambda model, each: script.compile_model(model, each.learner)
 
 
 class BothNetworks:

@@ -38,6 +38,23 @@ def tdmpc2_rows(state):
     return named | {"is_first": first, "is_last": torch.roll(first, -1, 1)}
 
 
+def diamond_rows(state):
+    """Row t holds what followed: shifted here to what came with t. Frames are told by their shades."""
+    replay, env, found = state["replay"], 0, []
+    rows = {k: v[env].float() for k, v in replay["rows"].items()}
+    for i, (e, first, T) in enumerate(replay["episodes"]):
+        if e == env:
+            shade = rows["frames"][first : first + T + 1, 0, 0, 0]
+            rewards = [0.0, *rows["rewards"][first:][:T].tolist()]
+            for t, x in enumerate(((shade - shade[0]) / 10).tolist()):
+                last = t == T and i not in replay["open"]
+                end = last and bool(rows["ends"][first + T - 1])
+                found.append((x, rewards[t], float(t == 0), float(last), float(end)))
+    names = "obs/observation", "reward", "is_first", "is_last", "is_terminal"
+    columns = {k: torch.tensor(v)[None] for k, v in zip(names, zip(*found))}
+    return columns | {"obs/observation": columns["obs/observation"][..., None]}
+
+
 def iris_rows(state):
     """An episode's last observation is not stored, and row t holds what followed: shifted here to what came with t."""
     replay, env, found = state["replay"], 0, []
@@ -79,6 +96,41 @@ def planet_rows(state):
 # small images; ends: whether ends are stored; blind: observations that it does not take.
 
 SCRIPTS = {
+    "diamond": dict(
+        # one update of each of the three every 16 steps from step 32 on
+        tiny="--preset cpu --no-cuda --no-pixels --num-envs 2 --total-timesteps 192 --learning-starts 32 "
+        "--learning-starts-max 32 --collect-steps 16 --final-epochs 0 --first-denoiser-updates 1 "
+        "--first-rew-end-updates 1 --first-actor-updates 1 --denoiser-updates 1 --rew-end-updates 1 "
+        "--actor-updates 1 --denoiser-channels 8 --denoiser-depths 1 --denoiser-cond 16 --rew-end-channels 8 "
+        "--rew-end-depths 1 --rew-end-cond 8 --rew-end-lstm 8 --actor-channels 4 --actor-lstm 8 --imag-envs 2 "
+        "--imag-horizon 3 --start-pool 4 --batch-size 2 --rew-end-length 6 --denoising-steps 1 --image-size 16 "
+        "--log-every 16 --save-every 32 --eval-episodes 2",
+        update=("Learner", "update"),
+        plant=lambda learner: learner.model.rew_end_model.head[-1].weight,
+        term="reward",
+        usage=[
+            ("--total-timesteps 20", None),
+            ("--denoiser-cond 15", None),
+            ("--imag-horizon 0", None),
+            ("--actor-channels 8,8,8,8,8", None),
+            ("--denoiser-channels 8,x", None),
+            ("--denoiser-depths 1,1", ["--denoiser-depths", "--denoiser-channels"]),
+            ("--rew-end-channels 40", None),
+            ("--buffer-size 3", None),
+            ("--init-from nothing.pt", None),
+            ("--dataset nothing.npz", None),
+            ("--env-id Pendulum-v1 --env-kwargs {} --pixels", ["Box(-2.0, 2.0, (1,), float32)", "dreamerv3.py"]),
+            ("--env-id CartPole-v1 --env-kwargs {}", ["one uint8 image", "--pixels"]),
+        ],
+        resize="--actor-lstm 16",
+        elsewhere=("cpu", "CartPole-v1", []),
+        rows=diamond_rows,
+        stub=dict(obs="image"),
+        skip=["box"],
+        blind=["dict", "discrete"],
+        at=dict(kills=(9, 8), stop=7, poison=5),
+        side=16,
+    ),
     "dreamerv3": dict(
         tiny="--preset cpu --no-cuda --num-envs 2 --total-timesteps 192 --learning-starts 16 --deter 16 --hidden 8 "
         "--units 8 --cnn-depth 8 --classes 4 --stoch 4 --blocks 2 --mlp-layers 1 --bins 15 --batch-size 2 "
@@ -692,7 +744,7 @@ def test_nothing_is_printed_twice(script):
 def test_the_first_lines_say_what_the_agent_sees(script):
     action, word = ("discrete", "Discrete(3)") if "box" in script.skip else ("box", "Box(-1.0, 1.0, (2,)")
     obs, words = ("image", ["uint8"]) if "dict" in script.blind else ("pair", ["image", "vector"])
-    result = script.run("--total-timesteps", 32, obs=obs, action=action)
+    result = script.run("--total-timesteps", 48, obs=obs, action=action)
     head = " ".join(result.out.splitlines()[:3])
     assert all(w in head for w in (*words, "16", word)), head
 

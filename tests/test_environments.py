@@ -261,14 +261,14 @@ DIAMOND = (
     "--actor-channels 4,8 --actor-lstm 8 --imag-envs 2 --imag-horizon 3 --start-pool 4 --batch-size 2 "
     "--rew-end-length 6 --num-envs 2 --total-timesteps 120 --learning-starts 80 --learning-starts-max 80 "
     "--collect-steps 20 --first-denoiser-updates 2 --first-rew-end-updates 2 --first-actor-updates 2 "
-    "--denoiser-updates 1 --rew-end-updates 1 --actor-updates 1 --eval-episodes 1 --test-episodes 1 "
-    "--report-every 100 --max-episode-steps 40 --log-every 40 --save-every 1000 --no-cuda"
+    "--denoiser-updates 1 --rew-end-updates 1 --actor-updates 1 --eval-episodes 1 "
+    "--max-episode-steps 40 --log-every 40 --save-every 1000 --no-cuda"
 ).split()
 # id of the case: (flags, side and channels of the stored frames, actions)
 DIAMOND_CASES = {
     "atari": ("--env-id ALE/Breakout-v5 --no-pixels --image-size 32", (32, 3), 4),
     "atari-all-actions": (
-        "--env-id ALE/Pong-v5 --no-pixels --image-size 21 --full-action-space --num-envs 1",
+        '--env-id ALE/Pong-v5 --no-pixels --image-size 21 --num-envs 1 --env-kwargs {"full_action_space":true}',
         (21, 3),
         18,
     ),
@@ -283,15 +283,18 @@ def test_diamond_environment_family(case, tmp_path, monkeypatch):
     script = importlib.import_module("diamond")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["diamond.py", *DIAMOND, *flags.split()])
-    result = script.main(script.parse_args(script.Args, script.PRESETS, ""))
+    result = script.train(script.parse_args(script.Args, script.PRESETS, ""))
     assert result["global_step"] == 120 and result["updates"] == 6 + 2 * 3 and np.isfinite(result["episodic_return"])
     run = next((tmp_path / "runs").iterdir())
-    assert len(list((run / "videos").glob("open_loop-*.gif"))) == 1
-    state = script.load_checkpoint(str(run), "diamond")
-    replay = state["replay"]
-    assert replay["rows"]["frames"].shape[2:] == (side, side, channels) and replay["rows"]["frames"].numpy().std() > 3
+    replay, agent = script.load_checkpoint(str(run))["replay"], script.load(str(run))
+    frames, taken = replay["rows"]["frames"][:, :5].numpy(), replay["rows"]["actions"][:, :4].numpy()
+    assert frames.shape[2:] == (side, side, channels) and replay["rows"]["frames"].numpy().std() > 3
     assert sum(T for _, _, T in replay["episodes"]) == 120 and replay["rows"]["actions"].max() < actions
-    assert state["spaces"]["action"] == actions
+    dream, seen = agent.observe(frames, taken)
+    chosen, _ = agent.act(frames[:, 0], None, np.ones(len(frames), bool))
+    _, reward, alive, after = agent.imagine(dream, chosen)
+    assert (seen == frames).all() and after.shape == frames[:, 0].shape and after.dtype == np.uint8
+    assert set(reward) <= {-1.0, 0.0, 1.0} and ((0 < alive) & (alive < 1)).all() and chosen.max() < actions
 
 
 # ha2018_carracing.py: both experiments of the paper with their full networks and real environments, few and short

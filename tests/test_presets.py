@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SCRIPTS = "diamond ha2018_carracing ijepa genie_lam".split()
+SCRIPTS = "ha2018_carracing ijepa genie_lam".split()
 OF_ENVIRONMENTS = "env_kwargs action_repeat max_episode_steps min_episode_steps demonstrator".split()
 
 

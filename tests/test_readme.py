@@ -24,7 +24,7 @@ import common  # noqa: E402
 import report  # noqa: E402
 
 OLD = {name: rows for name, rows in (SCRIPTS | {"genie_lam": GENIE}).items() if name != "dreamerv3"}
-ALL = [*OLD, "dreamerv3", "planet_cem", "muzero", "iris", "tdmpc2", "dyna", "ha2018_carracing", "ijepa"]
+ALL = [*OLD, "dreamerv3", "planet_cem", "muzero", "iris", "diamond", "tdmpc2", "dyna", "ha2018_carracing", "ijepa"]
 TEXTS = ["README.md", *sorted(os.path.join("docs", n) for n in os.listdir(os.path.join(ROOT, "docs")))]
 INSTALL = "pip install -r requirements.txt && "
 TINY = (
@@ -209,8 +209,8 @@ def test_wrong_commands_are_noticed(monkeypatch):
     assert "--seed" in parse("dreamerv3", ["--seed", "x"])
     assert parse("dreamerv3", ["--preset", "cpu", "--seed", "2"]) is None
     assert "--preset" in parse("dreamerv3", ["--preset", "cpuu"])
-    assert parse("diamond", ["--evaluate", "runs/NAME"]) is None
-    assert "--num-envs" in parse("diamond", ["--preset", "cpu", "--num-envs", "0"])
+    assert parse("genie_lam", ["--evaluate", "runs/NAME"]) is None
+    assert "--num-envs" in parse("genie_lam", ["--preset", "cpu", "--num-envs", "0"])
     assert "--nme" in parse_tool("report", ["runs", "--nme", "x"], monkeypatch)
     assert "--workers" in parse_tool("run", ["--suite", "cpu", "--workers", "0"], monkeypatch)
     assert parse_tool("run", ["--suite", "cpu"], monkeypatch) is None

@@ -164,8 +164,8 @@ PRESETS = dict(
         rew_end_lstm=64, terminal_targets=True, denoising_steps=2, actor_channels="16,32", actor_lstm=128, imag_envs=24,
         imag_horizon=10, start_pool=60, ent_coef=0.01, buffer_size=20_000, learning_starts=3_000,
         learning_starts_max=3_000, collect_steps=300, final_epochs=0, first_denoiser_updates=900,
-        first_rew_end_updates=400, first_actor_updates=120, denoiser_updates=60, rew_end_updates=30, actor_updates=50,
-        rew_end_length=14, learning_rate=1e-3, actor_learning_rate=2e-3, warmup_updates=20, log_every=300,
+        first_rew_end_updates=400, first_actor_updates=200, denoiser_updates=60, rew_end_updates=30, actor_updates=100,
+        rew_end_length=14, learning_rate=1e-3, actor_learning_rate=1e-3, warmup_updates=20, log_every=300,
         save_every=1_500, num_threads=1),
 )
 # fmt: on

@@ -146,10 +146,10 @@ def test_world_model_beats_the_trivial_predictors_on_fresh_episodes(runs, name):
 
 @trained("diamond-minatar")
 def test_diamond_imagines_frames_rewards_and_ends(runs):
-    """One imagined step on 40 fresh episodes of the final policy; rewards and ends judged from the imagined frame. Seeds
-    1 to 4: error over that of a copy 0.07, 0.04, 0.05, 0.07; of a wrong action over that of the true one 5, 10, 8, 6;
-    recall of ends 0.88, 1, 0.94, 1, of rewards 0.76, 0.92, 0.94, 0.91; last frames right everywhere 0.78, 0.92, 0.85,
-    0.84; returns 2.2, 2.5, 2.5, 2.4."""
+    """One imagined step on 40 fresh episodes of the final policy; rewards and ends judged from the imagined frame.
+    Seeds 1 to 4: error over that of a copy 0.07, 0.04, 0.05, 0.07; of a wrong action over that of the true one 5, 10,
+    8, 6; recall of ends 0.88, 1, 0.94, 1, of rewards 0.76, 0.92, 0.94, 0.91; last frames right everywhere 0.78, 0.92,
+    0.85, 0.84; returns 2.2, 2.5, 2.5, 2.4."""
     code, output, run = runs["diamond-minatar"]
     assert code == 0, output[-3000:]
     script = importlib.import_module("diamond")

@@ -12,6 +12,7 @@ steps of the real environment with the run's agent, lets the model see them, and
 first observation is what the model makes of the last real one. The same seed and actions dream the same dream.
 """
 
+import contextlib
 from copy import deepcopy
 
 import gymnasium as gym
@@ -48,23 +49,40 @@ class DreamEnv(gym.Env):
         self.observation_space = getattr(self.agent, "dream_space", self.real.observation_space)
         self.real_space, self.action_space = self.real.observation_space, self.real.action_space
         self.state = None  # of the model; None before the first reset
+        self.generators = None  # states of torch's generators between two uses of this dream
+
+    @contextlib.contextmanager
+    def noise(self):
+        """Most agents draw from torch's generators. Within this context they are the dream's own, afterwards as before:
+        so dreams that take turns do not disturb each other."""
+        import torch
+
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices):
+            if self.generators:
+                torch.set_rng_state(self.generators[0])
+                torch.cuda.set_rng_state_all(self.generators[1])
+            yield
+            self.generators = torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in devices]
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.agent.seed(int(self.np_random.integers(2**31)))
         self.memory = None  # what agent.act remembers of the real steps, for who lets it act in the dream
-        if options and "observations" in options:
-            observations, actions = self.given(options)
-        else:
-            observations, actions = self.played(int(self.np_random.integers(self.context + 1)))
-        self.state, seen = self.agent.observe(stack([observations]), actions[None])  # a batch of one dream
+        with self.noise():
+            self.agent.seed(int(self.np_random.integers(2**31)))
+            if options and "observations" in options:
+                observations, actions = self.given(options)
+            else:
+                observations, actions = self.played(int(self.np_random.integers(self.context + 1)))
+            self.state, seen = self.agent.observe(stack([observations]), actions[None])  # a batch of one dream
         self.obs, self.steps = inside(self.observation_space, pick(pick(seen, 0), -1)), 0
         return self.obs, {}
 
     def step(self, action):
         if self.state is None:
             raise gym.error.ResetNeeded("call reset() before step()")
-        self.state, reward, alive, obs = self.agent.imagine(self.state, self.batch([action]))
+        with self.noise():
+            self.state, reward, alive, obs = self.agent.imagine(self.state, self.batch([action]))
         self.obs, self.steps, alive = inside(self.observation_space, pick(obs, 0)), self.steps + 1, float(alive[0])
         return self.obs, float(reward[0]), alive < 0.5, self.steps >= self.max_steps, {"continue": alive}
 

@@ -40,7 +40,8 @@ class Game:
         if hasattr(self.env.agent, "dream_space"):  # it cannot act on latents
             return self.env.action_space.sample()
         first = np.array([self.memory is None and self.env.steps == 0])
-        actions, self.memory = self.env.agent.act(stack([self.obs]), self.memory, first)
+        with self.env.noise():
+            actions, self.memory = self.env.agent.act(stack([self.obs]), self.memory, first)
         return actions[0]
 
     def step(self, action):

@@ -9,6 +9,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
 
@@ -217,6 +218,28 @@ def test_dream_goes_on_like_the_environment(obs, action, given):
         assert all(
             a.dtype == b.dtype for (*_, a), (*_, b) in zip(*(pictures.parts(None, o[0]) for o in (truth, dreamed)))
         )
+
+
+def test_dreams_that_take_turns_do_not_disturb_each_other(monkeypatch):
+    """Most agents draw from torch's generator; what others draw from it does not count."""
+
+    def seed(self, seed):
+        torch.manual_seed(seed)
+        self.noise = None  # torch's own
+
+    run = make_run(length=100, args={"noisy": True})
+    monkeypatch.setattr(type(dream_env.DreamEnv(run).agent), "seed", seed)
+    alone, *turns = (dream_env.DreamEnv(run) for _ in range(3))
+    alone.reset(seed=3)
+    expected = [alone.step(0)[1] for _ in range(8)]
+    for env in turns:
+        env.reset(seed=3)
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    torch.manual_seed(0)
+    found = [[env.step(0)[1] for env in turns] for _ in range(8)]
+    assert found == [[r, r] for r in expected] and len(set(expected)) == 8
+    assert torch.rand(1) == first  # nor do dreams change what others draw
 
 
 def test_dream_begins_inside_episodes_and_repeats_itself():

@@ -1589,8 +1589,8 @@ def set_up(args, env, capacity, state, subject):
     parts = ", ".join(f"{n} {count_params(m):,}" for n, m in model.named_children())
     print(f"run: {run} on {device}\nparameters: {count_params(model):,} ({parts})")
     print(f"replay: {N} x {capacity:,} rows", flush=True)
-    # due: updates of each kind that this epoch still owes; finals: epochs after the last collection; begun: agent steps
-    # when the epoch began; goal: when it learns; signs: rewards seen.
+    # due: updates of each kind that this epoch still owes; finals: epochs after the last collection; stepped: whether
+    # this epoch collected; goal: agent steps at which it learns; signs: how often a reward was negative, 0, positive.
     c = SimpleNamespace(global_step=0, updates=0, due={}, epoch=0, finals=0, goal=args.learning_starts, signs=[0, 0, 0])
     c.seconds, c.recent, c.metrics, c.random_return, c.image, c.actions = 0.0, [], {}, None, list(image), actions
     c.stepped = False
@@ -1600,6 +1600,9 @@ def set_up(args, env, capacity, state, subject):
     if args.compile and device.type == "cuda":
         compile_model(model, learner)
     return model, learner, replay, run, writer, device, c
+
+
+SHOWN = "denoiser", "reward", "end", "imagined_return"  # what tells whether to stop a run
 
 
 def owe(c, args, kinds):
@@ -1624,9 +1627,6 @@ def learn(c, args, learner, replay, device, stop):
                 clock = time.time()
     if not stop:
         c.due, c.epoch = {}, c.epoch + 1
-
-
-SHOWN = "denoiser", "reward", "end", "imagined_return"  # what tells whether to stop a run
 
 
 def save(c, args, learner, replay, run, now, start):
@@ -1717,12 +1717,12 @@ def train(args):
 
     while c.due or c.global_step < args.total_timesteps or c.finals < args.final_epochs:
         # Alg. 1: collect_experience. The last epochs only learn.
-        begun = bool(c.due)  # resumed in the middle of an epoch's updates
-        c.stepped = c.stepped if begun else c.global_step < args.total_timesteps
-        if not begun and not c.stepped:
+        if not c.due:  # else resumed in the middle of an epoch's updates
+            c.stepped = c.global_step < args.total_timesteps
+        if not c.due and not c.stepped:
             c.finals += 1
             owe(c, args, learner.opts)
-        if not begun and c.stepped:
+        elif not c.due:
             actions, carry = agent.act(obs, carry, first, temperature=args.temperature_collect)
             stray = torch.rand(N) < args.epsilon
             actions = torch.where(stray, torch.randint(c.actions, (N,)), torch.as_tensor(actions)).numpy()

@@ -1563,6 +1563,9 @@ def finish(args, c, agent, run, writer, stop):
     return result
 
 
+SHOWN = "pixel_mse", "changed_token_accuracy", "imagined_return"  # what tells whether to stop a run
+
+
 def train(args):
     """Algorithm 1: epochs of collecting, then learning of tokenizer, world model and behavior. -> the final metrics."""
     # Set up, in an order that finds every mistake of the user's before the first file is made.
@@ -1693,9 +1696,6 @@ def train(args):
         start = save() if keep else start
     envs.close()
     return finish(args, c, agent, run, writer, stop)
-
-
-SHOWN = "pixel_mse", "changed_token_accuracy", "imagined_return"  # what tells whether to stop a run
 
 
 if __name__ == "__main__":

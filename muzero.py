@@ -406,7 +406,7 @@ class Trees:
         self.own = (lambda x: x) if self.static else lambda x: x.numpy()
         self.xp, self.dtype = (torch if self.static else np), dtype
         self.B, self.A, self.S, self.discount, self.q_norm = B, A, simulations, discount, q_norm
-        zeros = lambda *shape, kind=dtype: self.own(torch.zeros(B, size, *shape, dtype=kind, device=device))  # noqa: E731
+        zeros = lambda *n, kind=dtype: self.own(torch.zeros(B, size, *n, dtype=kind, device=device))  # noqa: E731
         # Per edge: (prior, visits, Q), actions first: a CPU then adds and compares along the long axis; the child.
         self.edges = self.own(torch.zeros(3, A, B, size, dtype=dtype, device=device))
         self.child = zeros(A, kind=torch.long) - 1
